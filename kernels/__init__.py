@@ -1,0 +1,1 @@
+"""Kernels: leaf package, imported only by trinity_jax/ops.py."""

@@ -1,0 +1,28 @@
+"""Errors a user can cause, told apart from bugs of ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """A mistake in what the user gave us: config, dataset row, checkpoint, request.
+
+  The message is one line that names the thing, the value, what was expected and the fix. The
+  launcher prints it without a traceback (unless --debug) and exits with a non-zero code.
+  """
+
+
+class RunFailed(RuntimeError):
+  """A run that had to stop: a dead thread, an expired wait, numbers that went wrong.
+
+  Says who was waited for and where to look.
+  """
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+  """Returns "; did you mean 'x'?" for a near miss, or the list of known names."""
+  known = sorted(known)
+  near = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,202 @@
+"""What travels between the hops: Task, Experience (host) and Batch (device).
+
+Axis letters: L tokens of one experience, M micro-batches, B rows, T row length, N sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trinity_jax.errors import UserError
+
+
+class StopReason(enum.IntEnum):
+  """Why a run ended. Logged as rates `stop/<name>`; integers so that a batch can carry them."""
+
+  RUNNING = 0
+  STOP = 1  # sampled a stop token
+  LENGTH = 2  # used up its response limit
+  TIMEOUT = 3  # the run's deadline passed
+  ERROR = 4  # the workflow, environment or reward raised
+  ABORTED = 5  # cancelled by us
+  PROMPT_TOO_LONG = 6
+  DEMONSTRATION = 7  # not sampled: an expert or a human wrote it
+
+  @property
+  def failed(self) -> bool:
+    """True when nothing of the run can be trained on."""
+    return self in (
+      StopReason.TIMEOUT,
+      StopReason.ERROR,
+      StopReason.ABORTED,
+      StopReason.PROMPT_TOO_LONG,
+    )
+
+
+class Source(enum.IntEnum):
+  """Who wrote an experience's action tokens."""
+
+  ROLLOUT = 0
+  EXPERT = 1
+  HUMAN = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One row of a taskset.
+
+  Attributes:
+    index: position of the row in its taskset: the task's identity over epochs and resumes.
+    messages: the prompt as chat messages ({"role": ..., "content": ...}).
+    truth: what a verifier compares with ("" when there is none).
+    response: a demonstration (supervised training only), else None.
+    taskset: name of the taskset it came from.
+    workflow: name of the workflow, or "module:function"; "" means the taskset's default.
+    is_eval: evaluated, never trained on.
+    raw: the whole row as read.
+  """
+
+  index: int
+  messages: tuple[dict[str, Any], ...]
+  truth: str = ""
+  response: str | None = None
+  taskset: str = "train"
+  workflow: str = ""
+  is_eval: bool = False
+  raw: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class ExperienceId(NamedTuple):
+  """Identity of an experience; sorting ids gives the order of a synchronous run."""
+
+  batch: int  # explorer step that started it (1, 2, ...)
+  task: int  # place of the task inside that step
+  run: int  # which of the group's runs
+  step: int  # which of the run's experiences (step-wise workflows)
+
+  @property
+  def group(self) -> tuple[int, int]:
+    """Runs of one task in one explorer step share this."""
+    return self.batch, self.task
+
+  def __str__(self) -> str:
+    return f"{self.batch}/{self.task}/{self.run}/{self.step}"
+
+
+_ARRAYS = {
+  "tokens": np.int32,
+  "action_mask": np.bool_,
+  "logprobs": np.float32,
+  "versions": np.int32,
+  "token_rewards": np.float32,
+  "advantages": np.float32,
+}
+_OPTIONAL = ("token_rewards", "advantages")
+
+
+@dataclasses.dataclass
+class Experience:
+  """One token log with what is known about each token (host, numpy).
+
+  Attributes:
+    tokens: i32[L], prompt and responses of every turn as the policy saw them.
+    action_mask: bool[L], True where the policy wrote the token.
+    logprobs: f32[L], log-prob under the distribution really sampled from where action_mask,
+      else 0.
+    versions: i32[L], policy version that sampled the token where action_mask, else -1.
+    reward: scalar reward, None while it has not arrived or when the run failed.
+    token_rewards, advantages: f32[L] or None.
+    id: who it is; `batch`, `task` and `run` also seed its randomness.
+    source: who wrote the action tokens.
+    stop_reason: why it ended.
+    temperature: sampling temperature of the action tokens (1.0 for greedy and demonstrations).
+    messages: the dialogue as text, for people.
+    metrics: numbers about the run, logged as means over the step.
+    info: anything JSON can hold.
+    extras: arrays that an algorithm's schema declares, [L] or scalar.
+  """
+
+  tokens: np.ndarray
+  action_mask: np.ndarray
+  logprobs: np.ndarray
+  versions: np.ndarray
+  id: ExperienceId
+  reward: float | None = None
+  token_rewards: np.ndarray | None = None
+  advantages: np.ndarray | None = None
+  source: Source = Source.ROLLOUT
+  stop_reason: StopReason = StopReason.STOP
+  temperature: float = 1.0
+  messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+  info: dict[str, Any] = dataclasses.field(default_factory=dict)
+  extras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for name, dtype in _ARRAYS.items():
+      value = getattr(self, name)
+      if value is not None:
+        value = np.asarray(value, dtype)
+        if value.shape != (len(self.tokens),):
+          raise UserError(
+            f"experience {self.id}: {name} has shape {value.shape}, expected ({len(self.tokens)},) "
+            "like tokens; give every token one entry"
+          )
+        setattr(self, name, value)
+      elif name not in _OPTIONAL:
+        raise UserError(f"experience {self.id}: {name} is None, expected an array")
+
+  @property
+  def num_actions(self) -> int:
+    return int(self.action_mask.sum())
+
+  @classmethod
+  def failed(cls, id: ExperienceId, reason: StopReason, info: dict[str, Any]) -> Experience:
+    """A run that gave nothing: keeps its group complete, adds nothing to statistics or loss."""
+    none = np.zeros(0)
+    return cls(none, none, none, none, id, stop_reason=reason, info=info)
+
+  def to_bytes(self) -> bytes:
+    """One safetensors blob; everything that is not an array is JSON in its header."""
+    from safetensors.numpy import save
+
+    arrays = {k: getattr(self, k) for k in _ARRAYS if getattr(self, k) is not None}
+    arrays |= {f"extras.{k}": np.asarray(v) for k, v in self.extras.items()}
+    header = {
+      "id": list(self.id),
+      "reward": self.reward,
+      "source": int(self.source),
+      "stop_reason": int(self.stop_reason),
+      "temperature": self.temperature,
+      "messages": self.messages,
+      "metrics": self.metrics,
+      "info": self.info,
+    }
+    return save(arrays, metadata={"experience": json.dumps(header), "format": "1"})
+
+  @classmethod
+  def from_bytes(cls, data: bytes) -> Experience:
+    """Inverse of `to_bytes`; a damaged record is a UserError, never executed."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+      size = int.from_bytes(data[:8], "little")
+      header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["experience"])
+      arrays = load(data)
+    except (SafetensorError, ValueError, KeyError) as e:
+      raise UserError(f"experience record of {len(data)} bytes is damaged: {e}") from e
+    extras = {k.removeprefix("extras."): v for k, v in arrays.items() if k.startswith("extras.")}
+    return cls(
+      **{k: arrays.get(k) for k in _ARRAYS},
+      id=ExperienceId(*header.pop("id")),
+      source=Source(header.pop("source")),
+      stop_reason=StopReason(header.pop("stop_reason")),
+      extras=extras,
+      **header,
+    )
