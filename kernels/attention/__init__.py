@@ -1,0 +1,1 @@
+"""Causal, segmented, grouped-query attention over packed rows, and over a cache."""

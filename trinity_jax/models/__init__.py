@@ -1,0 +1,1 @@
+"""The decoder, its configurations, checkpoints, tokenizers and shardings."""

@@ -1,0 +1,139 @@
+"""Logical axes to mesh axes, as data.
+
+The mesh has axes data (replicas of the weights), fsdp (weights and batch split) and tensor (heads,
+mlp width and vocabulary split).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from trinity_jax.errors import UserError
+from trinity_jax.models.params import ParamSpec, abstract
+from trinity_jax.models.presets import ModelConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axis, several mesh axes, or None (replicated).
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+RULES: Rules = {
+  "layers": None,
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "norm": None,
+  "batch": ("data", "fsdp"),
+}
+
+
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Returns a mesh (data, fsdp, tensor) over all `devices`; one size may be -1, "the rest".
+
+  Raises:
+    UserError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  text = ", ".join(f"{k}={v}" for k, v in sizes.items())
+  free = [name for name, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise UserError(f"mesh {text}: sizes must be positive, and at most one may be -1 (the rest)")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if free and len(devices) % known == 0:
+    sizes[free[0]] = len(devices) // known
+  elif known != len(devices):
+    raise UserError(
+      f"mesh {text} does not fit {len(devices)} device(s): the fixed sizes multiply to {known};"
+      f" choose sizes that {'divide' if free else 'multiply to'} {len(devices)}"
+    )
+  return jax.make_mesh(
+    tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+  """Maps one logical axis (or None) per dimension to a PartitionSpec.
+
+  Raises:
+    UserError: an axis without a rule, or two dimensions on one mesh axis.
+  """
+  missing = [axis for axis in axes if axis is not None and axis not in rules]
+  if missing:
+    raise UserError(f"logical axes {tuple(axes)}: no sharding rule for {missing}; rules: {rules}")
+  spec = PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
+  used = [name for entry in spec for name in _names(entry)]
+  twice = sorted({name for name in used if used.count(name) > 1})
+  if twice:
+    raise UserError(f"logical axes {tuple(axes)} map to {spec}: mesh axis {twice} is used twice")
+  return spec
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
+  """Returns the pytree of NamedSharding for the parameters of `config` on `mesh`.
+
+  Raises:
+    UserError: a rule is missing or collides, or a dimension (or the number of heads) does not
+      divide.
+  """
+  _check_heads(config, mesh, rules)
+
+  def leaf(path, spec: ParamSpec) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    try:
+      partition = partition_spec(spec.axes, rules)
+    except UserError as error:
+      raise UserError(f"parameter {name}: {error}") from None
+    for size, axis, entry in zip(spec.shape, spec.axes, partition):
+      _check_divides(f"parameter {name} {spec.shape}: {axis} = {size}", size, entry, mesh)
+    return NamedSharding(mesh, partition)
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract(config))
+
+
+def _check_heads(config: ModelConfig, mesh: Mesh, rules: Rules) -> None:
+  """A head must not be cut in two: A is inside the sharded dimension H * A."""
+  for axis, count in (("heads", config.num_heads), ("kv_heads", config.num_kv_heads)):
+    _check_divides(f"model: num_{axis} = {count}", count, rules.get(axis), mesh)
+
+
+def _check_divides(what: str, size: int, entry: Any, mesh: Mesh) -> None:
+  unknown = [name for name in _names(entry) if name not in mesh.shape]
+  if unknown:
+    raise UserError(f"{what}: mesh axis {unknown} does not exist; mesh axes: {tuple(mesh.shape)}")
+  parts = math.prod(mesh.shape[name] for name in _names(entry))
+  if size % parts:
+    raise UserError(f"{what} does not divide over mesh axis {entry} of size {parts}")
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES) -> jax.Array:
+  """Pins the layout of an intermediate value inside `with jax.set_mesh(mesh)`; else returns x.
+
+  It is a hint for the compiler and never changes a value; a dimension that does not divide, or
+  whose mesh axes the mesh lacks, is left to the compiler.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+
+  def entry(size: int, names: Any) -> Any:
+    names = tuple(name for name in _names(names) if name in mesh.shape)
+    parts = math.prod(mesh.shape[name] for name in names)
+    return names if names and size % parts == 0 else PartitionSpec.UNCONSTRAINED
+
+  wanted = partition_spec(axes, rules)
+  spec = PartitionSpec(*(entry(size, names) for size, names in zip(x.shape, wanted)))
+  return jax.lax.with_sharding_constraint(x, spec)

@@ -1,0 +1,86 @@
+"""The one door to kernels/: picks an implementation per platform, or the one named.
+
+Axes: B rows, T row length, S slots, C cache length, H query heads, K kv heads, A head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trinity_jax.errors import UserError, suggestion
+
+try:
+  from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
+    reference as _attention_reference,
+  )
+  from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
+    xla as _attention_xla,
+  )
+except ModuleNotFoundError as error:
+  raise ImportError(
+    "trinity_jax.kernels is not importable: a bare clone does not run; `pip install -e .` first"
+  ) from error
+
+_ATTENTION = {"reference": _attention_reference.attention, "xla": _attention_xla.attention}
+
+
+def _pick(op: str, table: Mapping[str, Callable[..., Any]], name: str | None, default: str):
+  """Returns the named implementation, or the default when none is named; never a substitute."""
+  name = default if name is None else name
+  if name not in table:
+    raise UserError(f"{op}: implementation {name!r} does not exist{suggestion(name, table)}")
+  return table[name]
+
+
+def linear(x: jax.Array, w: jax.Array, *, out_dtype: Any = None) -> jax.Array:
+  """x [..., D] @ w [D, F] -> [..., F] in `out_dtype` (None = x's); accumulates in fp32 or wider.
+
+  Leading axes are folded, so that the product is one large 2-D matmul. x and w share a dtype.
+  """
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  out = jnp.dot(x.reshape(-1, x.shape[-1]), w, preferred_element_type=wide)
+  return out.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[-1])
+
+
+def attention(
+  q: jax.Array,  # [B, T, H, A]
+  k: jax.Array,  # [B, T, K, A]
+  v: jax.Array,  # [B, T, K, A]
+  *,
+  positions: jax.Array,  # i32[B, T]
+  segment_ids: jax.Array,  # i32[B, T]
+  window: int | None = None,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Causal attention within each segment -> [B, T, H, A]; padding (segment 0) is finite, unused.
+
+  With a window, a key is seen while 0 <= its age in positions < window. Implementations:
+  "reference", "xla" (the default everywhere).
+
+  Raises:
+    UserError: the named implementation does not exist.
+  """
+  run = _pick("attention", _ATTENTION, implementation, "xla")
+  return run(q, k, v, positions=positions, segment_ids=segment_ids, window=window)
+
+
+def decode_attention(
+  q: jax.Array,  # [S, H, A]
+  k: jax.Array,  # [L, S, K, C, A]
+  v: jax.Array,  # [L, S, K, C, A]
+  *,
+  layer: jax.Array,  # i32[]
+  live: int,
+  positions: jax.Array,  # i32[S]
+  window: int | None = None,
+) -> jax.Array:
+  """One query per slot against entries 0..positions[s] of one layer's cache -> [S, H, A].
+
+  Reads the first `live` entries of each slot.
+  """
+  run = _attention_xla.decode
+  return run(q, k, v, layer=layer, live=live, positions=positions, window=window)
