@@ -105,6 +105,7 @@ _TEXT: dict[str, str] = {
   "trainer": """
     loss | nats | what the optimizer minimised
     loss/nan_count | count | updates skipped so far for a non-finite loss or gradient
+    nonfinite_steps | steps | non-finite updates in a row; the run stops at a limit
     pg_loss | nats | policy-gradient part of the loss
     kl_loss | nats | KL part of the loss, with its coefficient
     entropy_loss | nats | entropy part of the loss, with its coefficient

@@ -307,7 +307,8 @@ def make_writers(config: Any, workdir: str | Path, *, resume_step: int | None = 
     config: the whole config; `config.monitor` has `tensorboard: bool`, `wandb: str` (project or
       ""), `mlflow: str` (tracking URI or ""); `config.name` names the runs there.
     workdir: the run's folder.
-    resume_step: step of the checkpoint that the run continues from: rows after it are dropped.
+    resume_step: step of the checkpoint that the run continues from: rows after it are dropped. -1
+      starts anew: all rows of an earlier attempt go. None keeps every row.
     report: where later failures are reported.
 
   Raises:
