@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 import numpy as np
 
 from trinity_jax.errors import UserError
@@ -200,3 +201,61 @@ class Experience:
       extras=extras,
       **header,
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """One optimizer step's experiences as packed rows (device pytree).
+
+  Rows are grouped in M micro-batches of B rows of length T; micro-batches at or above `num_micro`
+  are empty and cost nothing. x[m, b, t] speaks of tokens[m, b, t] given what precedes it in its
+  segment.
+
+  Attributes:
+    tokens, positions: i32[M, B, T]; positions count from 0 in each segment.
+    segment_ids: i32[M, B, T], 1, 2, ... along a row; 0 is padding.
+    action_mask: bool[M, B, T].
+    logprobs: f32[M, B, T], behaviour log-probs.
+    versions: i32[M, B, T], -1 where not sampled.
+    advantages: f32[M, B, T], filled by the step's `prepare`.
+    ref_logprobs: f32[M, B, T], zeros unless the algorithm needs a reference.
+    sequence_index: i32[M, B, T], which of the N sequences a token belongs to (0 on padding).
+    rewards: f32[N], 0 where not valid.
+    group: i32[N], group number within the step.
+    valid: bool[N], False for failed runs and unused rows of the table.
+    run, step, pair, source, stop_reason: i32[N].
+    temperature: f32[N].
+    num_micro: i32[], live micro-batches.
+    num_tokens: i32[], action tokens of the whole step (the global denominator).
+    num_sequences: i32[], valid sequences of the whole step.
+    extras: arrays an algorithm's schema declares, [M, B, T] or [N].
+  """
+
+  tokens: Any
+  positions: Any
+  segment_ids: Any
+  action_mask: Any
+  logprobs: Any
+  versions: Any
+  advantages: Any
+  ref_logprobs: Any
+  sequence_index: Any
+  rewards: Any
+  group: Any
+  valid: Any
+  run: Any
+  step: Any
+  pair: Any
+  source: Any
+  stop_reason: Any
+  temperature: Any
+  num_micro: Any
+  num_tokens: Any
+  num_sequences: Any
+  extras: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
+    "tokens", "positions", "segment_ids", "action_mask", "logprobs", "versions", "advantages",
+    "ref_logprobs", "sequence_index",
+  )  # fmt: skip

@@ -20,6 +20,9 @@ try:
   from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
     xla as _attention_xla,
   )
+  from trinity_jax.kernels.linear_logprob import (  # pyright: ignore[reportMissingImports]
+    api as _linear_logprob,
+  )
 except ModuleNotFoundError as error:
   raise ImportError(
     "trinity_jax.kernels is not importable: a bare clone does not run; `pip install -e .` first"
@@ -84,3 +87,30 @@ def decode_attention(
   """
   run = _attention_xla.decode
   return run(q, k, v, layer=layer, live=live, positions=positions, window=window)
+
+
+def linear_logprob(
+  hidden: jax.Array,  # [T, D]
+  weight: jax.Array,  # [D, V]
+  targets: jax.Array,  # i32[T]
+  mask: jax.Array,  # bool[T]
+  temperature: jax.Array | float = 1.0,  # scalar or [T]
+  *,
+  softcap: float | None = None,
+  implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Log-prob of targets, entropy, logsumexp under softmax(softcap(hidden @ weight) / temperature).
+
+  Each [T], float32 or wider. Rows where `mask` is False are not read, give 0 and get no gradient.
+  Differentiable in hidden and weight. Implementations: "xla" (the default everywhere: in chunks,
+  holds [T, V] only where that is small), "reference".
+
+  Raises:
+    UserError: the named implementation does not exist.
+    ValueError: shapes do not fit.
+  """
+  name = _linear_logprob.DEFAULT if implementation is None else implementation
+  _pick("linear_logprob", _linear_logprob.IMPLEMENTATIONS, name, name)
+  return _linear_logprob.linear_logprob(
+    hidden, weight, targets, mask, temperature, softcap=softcap, implementation=name
+  )

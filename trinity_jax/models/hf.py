@@ -272,7 +272,7 @@ def _write_tensors(folder: Path, params: Params, config: ModelConfig, max_shard_
     shards.append(list(pending))
     pending, size = {}, 0
 
-  for name, value in _hf_tensors(params, config):
+  for name, value in to_tensors(params, config):
     if pending and size + value.nbytes > max_shard_bytes:
       flush()
     pending[name] = value
@@ -290,7 +290,8 @@ def _write_tensors(folder: Path, params: Params, config: ModelConfig, max_shard_
   _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _hf_tensors(params: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def to_tensors(params: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (HF tensor name, host array in HF orientation) of parameters, or of their gradients."""
   specs, treedef = jax.tree.flatten(params_lib.abstract(config))
   for spec, leaf in zip(specs, treedef.flatten_up_to(params)):
     host = np.asarray(leaf)

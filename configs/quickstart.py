@@ -1,0 +1,49 @@
+"""A tiny model learns to add: imitation stops at its teachers' level, reinforcement passes it.
+
+python launch/main.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+About 2 minutes on 2 CPU cores. SFT on demonstrations of which 60 % forget the carry gives a
+held-out accuracy of 0.3 to 0.6; GRPO, which sees only the verifier's reward, passes 0.9.
+"""
+
+from trinity_jax.config import base_config
+
+SUMS = "trinity_jax.tasks.arithmetic:generate"
+
+
+def get_config():
+  c = base_config()
+  c.name = "quickstart"
+  c.model.tiny = dict(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, intermediate=384)
+  c.taskset.generate = SUMS
+  c.taskset.reward = "arithmetic"
+  c.sampler.max_prompt_length = 9
+  c.sampler.max_response_length = 4
+  c.sampler.slots = 512
+  c.sampler.prefill_batches = (64,)
+  c.sampler.prompt_buckets = (9,)
+  c.sampler.cache_buckets = (13,)
+  c.eval.tasksets = (
+    dict(name="held_out", generate=SUMS, generate_args=dict(split="eval"), reward="arithmetic"),
+  )
+  c.trainer.row_lengths = (13,)
+  c.stages = (
+    {
+      "name": "sft",
+      "algorithm.name": "sft",
+      "taskset.generate_args": dict(split="sft"),
+      "trainer": dict(total_steps=300, batch_size=256, rows_per_micro=256, save_interval=100),
+      "optimizer": dict(learning_rate=2e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1),
+      "eval.interval": 50,
+    },
+    {
+      "name": "grpo",
+      "algorithm": dict(name="grpo", kl_coef=0.0),
+      "taskset.generate_args": dict(split="rl"),
+      "explorer": dict(batch_size=64, group_size=8),
+      "trainer": dict(total_steps=40, rows_per_micro=128, save_interval=10),
+      "optimizer": dict(learning_rate=3e-4, warmup_steps=2),
+      "eval.interval": 5,
+    },
+  )
+  return c

@@ -1,0 +1,118 @@
+"""Attention: value and gradient of each implementation against the reference; a hand-made case."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trinity_jax import ops
+from trinity_jax.errors import UserError
+
+
+def _inputs(seed, rows, length, heads, kv_heads, size):
+  rng = np.random.default_rng(seed)
+  q, k, v, g = (
+    rng.normal(size=(rows, length, n, size)).astype(np.float32)
+    for n in (heads, kv_heads, kv_heads, heads)
+  )
+  # Segments of random lengths, then padding; positions start anywhere.
+  segment_ids = np.zeros((rows, length), np.int32)
+  positions = np.zeros((rows, length), np.int32)
+  for row in range(rows):
+    start, number = 0, 1
+    end = int(rng.integers(0, length + 1))
+    while start < end:
+      n = int(rng.integers(1, end - start + 1))
+      segment_ids[row, start : start + n] = number
+      positions[row, start : start + n] = rng.integers(0, 100) + np.arange(n)
+      start, number = start + n, number + 1
+  return q, k, v, g, positions, segment_ids
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+  seed=st.integers(0, 2**31),
+  length=st.sampled_from([1, 7, 16]),
+  heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+  window=st.sampled_from([None, 1, 3]),
+)
+def test_value_and_gradient_equal_the_reference(seed, length, heads, window):
+  q, k, v, g, positions, segment_ids = _inputs(seed, 2, length, *heads, 8)
+  real = (segment_ids > 0)[..., None, None]
+
+  def run(implementation):
+    def f(q, k, v):
+      out = ops.attention(
+        q, k, v, positions=positions, segment_ids=segment_ids, window=window,
+        implementation=implementation,
+      )  # fmt: skip
+      return jnp.sum(jnp.where(real, out * g, 0)), out
+
+    (_, out), grads = jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return out, grads
+
+  out, grads = run("xla")
+  want, want_grads = run("reference")
+  assert np.all(np.isfinite(out))
+  np.testing.assert_allclose(np.where(real, out, 0), np.where(real, want, 0), atol=2e-6)
+  for a, b in zip(grads, want_grads):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_by_hand():
+  """Equal scores: each token receives the mean of what it may see."""
+  T = 5
+  q = jnp.zeros((1, T, 1, 2))
+  k = jnp.ones((1, T, 1, 2))
+  v = jnp.arange(T, dtype=jnp.float32).reshape(1, T, 1, 1) * jnp.ones((1, 1, 1, 2))
+  positions = jnp.array([[0, 1, 2, 0, 1]])
+  segment_ids = jnp.array([[1, 1, 1, 2, 2]])
+  for implementation in ("reference", "xla"):
+    run = lambda window: np.asarray(
+      ops.attention(
+        q, k, v, positions=positions, segment_ids=segment_ids, window=window,
+        implementation=implementation,
+      )  # fmt: skip
+    )[0, :, 0, 0]
+    np.testing.assert_allclose(run(None), [0, 0.5, 1, 3, 3.5], rtol=1e-6)
+    np.testing.assert_allclose(run(2), [0, 0.5, 1.5, 3, 3.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_decode_attends_to_the_cache_like_a_row(window):
+  S, T, H, K, A, C = 3, 9, 4, 2, 8, 12
+  q, k, v, *_ = _inputs(0, S, T, H, K, A)
+  positions = np.broadcast_to(np.arange(T), (S, T))
+  want = ops.attention(
+    q, k, v, positions=positions, segment_ids=np.ones((S, T), np.int32), window=window
+  )
+  caches = [np.full((2, S, K, C, A), 1e4, np.float32) for _ in range(2)]
+  for cache, x in zip(caches, (k, v)):
+    cache[1, :, :, :T] = x.swapaxes(1, 2)
+  at = np.array([8, 0, 5], np.int32)
+  slots = np.arange(S)
+  got = ops.decode_attention(
+    q[slots, at], *caches, layer=jnp.int32(1), live=10, positions=at, window=window
+  )
+  np.testing.assert_allclose(got, np.asarray(want)[slots, at], atol=2e-6)
+
+
+def test_unknown_implementation_is_an_error():
+  q, k, v, _, positions, segment_ids = _inputs(0, 1, 4, 2, 2, 4)
+  with pytest.raises(UserError, match="attention: implementation 'xl' does not exist.*'xla'"):
+    ops.attention(
+      q, k, v, positions=positions, segment_ids=segment_ids, implementation="xl"
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_linear_accumulates_in_fp32(dtype):
+  x = jnp.ones((2, 3, 1000), dtype)
+  w = jnp.ones((1000, 4), dtype)
+  out = ops.linear(x, w, out_dtype=jnp.float32)
+  np.testing.assert_array_equal(out, np.full((2, 3, 4), 1000.0))
+  assert ops.linear(x, w).dtype == dtype

@@ -1,0 +1,146 @@
+"""Pieces of an algorithm by name: a function, the arrays it reads, its hyper-parameters.
+
+The rule that makes any function usable as a piece: positional parameters are arrays, called by the
+names in INPUTS (or by the name of an extra that the batch's schema declares); keyword-only
+parameters are hyper-parameters with defaults. So what an algorithm needs is read off signatures and
+cannot disagree with them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from trinity_jax.errors import UserError, suggestion
+
+# Arrays that the trainer has in any case, X = token arrays, N = per sequence, whole step.
+INPUTS = {
+  "rewards": "[N] reward of each sequence",
+  "group_ids": "[N] index of its group (task) in [0, num_groups)",
+  "valid": "[N] False where a slot holds no sequence",
+  "num_groups": "static int",
+  "mask": "X, True at tokens the policy wrote",
+  "logprob": "X, under the policy being trained (differentiated)",
+  "old_logprob": "X, under the distribution that was sampled from",
+  "ref_logprob": "X, under the reference model",
+  "entropy": "X, of the policy's distribution (differentiated)",
+  "advantages": "X, from the advantage function",
+  "sequence_index": "X, index of the token's sequence in [0, num_sequences)",
+  "num_sequences": "static int N",
+  "step": "number of the optimizer step (traced scalar)",
+}
+
+
+class Part(NamedTuple):
+  """A function bound to its hyper-parameters; picks the arrays it reads from all there are."""
+
+  kind: str
+  name: str
+  function: Callable[..., Any]
+  required: tuple[str, ...]
+  optional: tuple[str, ...]
+  options: Mapping[str, Any]
+
+  @property
+  def inputs(self) -> frozenset[str]:
+    """Names of all arrays the function can read."""
+    return frozenset(self.required + self.optional)
+
+  def __call__(self, **available: Any) -> Any:
+    """Calls the function with those of `available` that it names (None counts as absent)."""
+    there = {k: v for k, v in available.items() if v is not None and k in self.inputs}
+    missing = [k for k in self.required if k not in there]
+    if missing:
+      raise UserError(
+        f"{self.kind} {self.name!r} reads {', '.join(missing)}, which was not given; "
+        f"given: {', '.join(sorted(k for k, v in available.items() if v is not None)) or 'nothing'}"
+      )
+    return self.function(**there, **self.options)
+
+
+def load(reference: str, kind: str) -> Any:
+  """Returns the object that 'module:function' names. Raises UserError if there is none."""
+  module, _, attribute = reference.partition(":")
+  try:
+    found = importlib.import_module(module)
+  except ImportError as e:
+    raise UserError(
+      f"{kind} {reference!r}: cannot import module {module!r} ({e}); it must be on PYTHONPATH"
+    ) from e
+  if not callable(getattr(found, attribute, None)):
+    names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
+    raise UserError(
+      f"{kind} {reference!r}: module {module!r} has no function {attribute!r}"
+      f"{suggestion(attribute, names)}"
+    )
+  return getattr(found, attribute)
+
+
+def resolve(
+  kind: str,
+  name: str,
+  registry: Mapping[str, Callable[..., Any]],
+  options: Mapping[str, Any] | None = None,
+) -> Part:
+  """Finds `name` in `registry` (or imports a 'module:function') and binds `options` to it.
+
+  Raises:
+    UserError: unknown name or option, option of the wrong type, or a function whose signature does
+      not follow the rule above.
+  """
+  if name in registry:
+    function = registry[name]
+  elif ":" in name:
+    function = load(name, kind)
+  else:
+    raise UserError(
+      f"{kind} {name!r} does not exist{suggestion(name, registry)} (or name your own function as "
+      "'module:function')"
+    )
+  required, optional, defaults = _signature(kind, name, function)
+  bound = {k: _checked(kind, name, k, v, defaults) for k, v in (options or {}).items()}
+  return Part(kind, name, function, required, optional, bound)
+
+
+def _signature(kind, name, function):
+  required, optional, defaults = [], [], {}
+  for parameter in inspect.signature(function).parameters.values():
+    if parameter.kind is parameter.KEYWORD_ONLY:
+      if parameter.default is parameter.empty:
+        raise UserError(f"{kind} {name!r}: option {parameter.name!r} has no default; give it one")
+      defaults[parameter.name] = parameter.default
+    elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+      group = required if parameter.default is parameter.empty else optional
+      group.append(parameter.name)
+    else:
+      raise UserError(
+        f"{kind} {name!r}: parameter {parameter.name!r} must be named and passable by keyword: "
+        "no *args, **kwargs or positional-only parameters"
+      )
+  return tuple(required), tuple(optional), defaults
+
+
+def _checked(kind, name, option, value, defaults):
+  if option not in defaults:
+    known = suggestion(option, defaults) if defaults else "; it has none"
+    raise UserError(f"{kind} {name!r} has no option {option!r}{known}")
+  default = defaults[option]
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if isinstance(default, bool):
+    ok, expected = isinstance(value, bool), "True or False"
+  elif isinstance(default, int):
+    ok, expected = isinstance(value, int) and number, "an integer"
+  elif isinstance(default, float):
+    # None switches a bound off (dual_clip); a function without that meaning rejects it itself.
+    ok, expected = number or value is None, "a number"
+  elif isinstance(default, str):
+    ok, expected = isinstance(value, str), "a string"
+  else:
+    ok, expected = True, ""
+  if not ok:
+    raise UserError(
+      f"{kind} {name!r}: option {option} = {value!r}: expected {expected}, default {default!r}"
+    )
+  return value

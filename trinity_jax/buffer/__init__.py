@@ -1,0 +1,1 @@
+"""Replay between exploration and learning."""

@@ -1,0 +1,1 @@
+"""Rollouts: workflows talk to the sampler and to environments, and become experiences."""

@@ -1,0 +1,42 @@
+"""Reward functions: how good is a response, judged outside the model.
+
+A reward function is `fn(response, truth, task, **args) -> float | {component: float}`; configs name
+one, several ("math+format"), or a user's ("module:function").
+"""
+
+from trinity_jax.explorer.rewards.arithmetic import arithmetic_reward
+from trinity_jax.explorer.rewards.countdown import countdown_reward
+from trinity_jax.explorer.rewards.format import format_reward
+from trinity_jax.explorer.rewards.grader_pool import Grade, GraderPool
+from trinity_jax.explorer.rewards.math import (
+  grading_counts,
+  math_reward,
+  math_reward_async,
+  math_rewards,
+)
+from trinity_jax.explorer.rewards.reward import (
+  Reward,
+  RewardFn,
+  Score,
+  combine,
+  make_reward,
+  resolve,
+)
+
+__all__ = [
+  "Grade",
+  "GraderPool",
+  "Reward",
+  "RewardFn",
+  "Score",
+  "arithmetic_reward",
+  "combine",
+  "countdown_reward",
+  "format_reward",
+  "grading_counts",
+  "make_reward",
+  "math_reward",
+  "math_reward_async",
+  "math_rewards",
+  "resolve",
+]

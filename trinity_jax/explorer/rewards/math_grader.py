@@ -1,0 +1,47 @@
+"""math_verify behind `grade(response, truth)`; loaded only inside a grader worker.
+
+Its own time limits use signal.alarm, which fails silently outside the main thread; they are off
+here and the worker's CPU-time limit takes their place.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from math_verify import LatexExtractionConfig, parse, verify
+
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+# A marked answer is taken whole: a number found somewhere inside it would let guesses pass.
+_MARKED = {
+  "extraction_config": (LatexExtractionConfig(boxed_match_priority=0),),
+  "extraction_mode": "first_match",
+}
+
+
+def grade(response: str, truth: str) -> tuple[float, str]:
+  """Returns (1.0, "correct"), (0.0, "wrong") or (0.0, "unparsed").
+
+  Args:
+    response: a final answer as `\\boxed{...}`, or a whole text to find it in.
+    truth: LaTeX or a plain number, as `\\boxed{...}`.
+
+  Raises:
+    ValueError: nothing in `truth` can be compared with.
+  """
+  gold = parse(truth, parsing_timeout=None, **_MARKED)
+  if not gold:
+    raise ValueError("truth has no answer")
+  marked = response.startswith("\\boxed{") and response.endswith("}")
+  answer = parse(response, parsing_timeout=None, **(_MARKED if marked else {}))
+  if not answer:
+    return 0.0, "unparsed"
+  if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+    return 1.0, "correct"
+  return 0.0, "wrong"
+
+
+def warm_up() -> None:
+  """Fills the caches (patterns, parser tables) that every forked child then shares."""
+  for text in ("\\boxed{1{,}234.5}", "$\\frac{3}{4}$", "\\boxed{\\sqrt{2}x^2+1}", "7", "so 3*4 = 12"):
+    grade(text, "\\boxed{12}")
+  grade("\\boxed{(1, 2)}", "\\boxed{\\{1, 2\\}}")

@@ -1,0 +1,207 @@
+"""From a config's reward spec to a function that scores a response."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from trinity_jax import plugins
+from trinity_jax.errors import UserError, suggestion
+from trinity_jax.explorer.rewards.arithmetic import arithmetic_reward
+from trinity_jax.explorer.rewards.countdown import countdown_reward
+from trinity_jax.explorer.rewards.format import format_reward
+from trinity_jax.explorer.rewards.math import math_reward, math_reward_async
+
+if TYPE_CHECKING:
+  from trinity_jax.experience import Task
+
+
+class RewardFn(Protocol):
+  """What a reward function looks like; it may be a coroutine function as well.
+
+  Returns a number, or named components that are summed with the config's weights.
+  """
+
+  def __call__(
+    self, response: str, truth: str, task: Task | None = None, /, **args: Any
+  ) -> float | Mapping[str, float]: ...
+
+
+class Score(NamedTuple):
+  """A reward and what it is the weighted sum of (components before weighting)."""
+
+  total: float
+  components: dict[str, float]
+
+
+class _Builtin(NamedTuple):
+  function: Callable[..., Any]
+  coroutine: Callable[..., Any] | None  # where grading waits for somebody
+
+
+_BUILTINS = {
+  "arithmetic": _Builtin(arithmetic_reward, None),
+  "countdown": _Builtin(countdown_reward, None),
+  "format": _Builtin(format_reward, None),
+  "math": _Builtin(math_reward, math_reward_async),
+}
+
+
+def resolve(name: str) -> Callable[..., Any]:
+  """Returns the reward function of that name, or the one that "module:function" names.
+
+  Raises:
+    UserError: there is none.
+  """
+  if name in _BUILTINS:
+    return _BUILTINS[name].function
+  if ":" in name:
+    return plugins.load(name, "reward")
+  raise UserError(
+    f"reward {name!r} does not exist{suggestion(name, _BUILTINS)} (or name a function of yours as "
+    "'module:function')"
+  )
+
+
+def combine(components: Mapping[str, float], weights: Mapping[str, float]) -> float:
+  """Returns sum over components of weight x value; the weight is 1 where none is given.
+
+  Raises:
+    UserError: a weight for a component that is not there.
+  """
+  for name in weights:
+    if name not in components:
+      raise UserError(f"reward weight {name!r}: no such component{suggestion(name, components)}")
+  return math.fsum(weights.get(name, 1.0) * value for name, value in components.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  name: str
+  function: Callable[..., Any]
+  coroutine: Callable[..., Any] | None
+  inline: bool  # ours and quick, so it may run on the event loop
+  weight: float
+
+  def read(self, value: Any) -> dict[str, float]:
+    """Checks what the function returned and names it."""
+    values = dict(value) if isinstance(value, Mapping) else {self.name: value}
+    for name, number in values.items():
+      try:
+        values[name] = float(number)
+      except (TypeError, ValueError):
+        values[name] = math.nan
+      if not math.isfinite(values[name]):
+        raise UserError(
+          f"reward {self.name!r} returned {name} = {number!r}; expected a finite number, or a dict "
+          "of them"
+        )
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """Scores responses; see `make_reward`."""
+
+  spec: str
+  parts: tuple[_Part, ...]
+  weights: Mapping[str, float]
+
+  def __call__(self, response: str, truth: str, task: Task | None = None) -> Score:
+    """Scores in the calling thread."""
+    return self._sum([part.function(response, truth, task) for part in self.parts])
+
+  async def grade(self, response: str, truth: str, task: Task | None = None) -> Score:
+    """Scores without blocking the event loop: coroutines are awaited, a user's plain function
+    runs in a thread."""
+
+    async def run(part: _Part) -> Any:
+      if part.coroutine:
+        return await part.coroutine(response, truth, task)
+      if part.inline:
+        return part.function(response, truth, task)
+      return await asyncio.to_thread(part.function, response, truth, task)
+
+    return self._sum([await run(part) for part in self.parts])
+
+  def _sum(self, results: list[Any]) -> Score:
+    values, weights = {}, dict(self.weights)
+    for part, result in zip(self.parts, results):
+      for name, value in part.read(result).items():
+        if name in values:
+          raise UserError(f"reward {self.spec!r}: two functions return a component {name!r}")
+        values[name] = value
+        weights[name] = part.weight * self.weights.get(name, 1.0)
+    return Score(combine(values, weights), values)
+
+
+def make_reward(spec: str, args: Mapping[str, Any] | None = None) -> Reward:
+  """Builds the reward that a config describes.
+
+  Args:
+    spec: a name, "module:function", or several joined by "+": "math+format".
+    args: for one function its keyword arguments; for several {name: weight or {keyword: value,
+      "weight": w}}. "weights" holds weights of named components (default 1):
+      {"weights": {"accuracy": 1.0, "format": 0.5}}.
+
+  Raises:
+    UserError: unknown function, argument or weight.
+  """
+  names = [name.strip() for name in spec.split("+")]
+  args = dict(args or {})
+  weights = _weights(spec, args.pop("weights", {}))
+  if len(names) > 1:
+    for name in args:
+      if name not in names:
+        raise UserError(f"reward_args.{name}: reward {spec!r} has no such part"
+                        f"{suggestion(name, names)}")  # fmt: skip
+    per_part = [args.get(name, {}) for name in names]
+  else:
+    per_part = [args]
+  if len(set(names)) < len(names):
+    raise UserError(f"reward {spec!r} names a function twice")
+  parts = [_part(name, part_args) for name, part_args in zip(names, per_part)]
+  return Reward(spec, tuple(parts), weights)
+
+
+def _part(name: str, args: Any) -> _Part:
+  function = resolve(name)
+  builtin = _BUILTINS.get(name)
+  coroutine = builtin.coroutine if builtin else None
+  if inspect.iscoroutinefunction(function):
+    function, coroutine = functools.partial(_refuse, name), function
+  keywords = dict(args) if isinstance(args, Mapping) else {"weight": args}
+  weight = _weights(name, {"weight": keywords.pop("weight", 1.0)})["weight"]
+  target = coroutine or function
+  try:
+    inspect.signature(target).bind("", "", None, **keywords)
+  except TypeError as e:
+    raise UserError(
+      f"reward {name!r} cannot be called as f(response, truth, task"
+      f"{''.join(f', {k}=...' for k in keywords)}): {e}; check reward_args"
+    ) from e
+  return _Part(
+    name=name.partition(":")[2] or name,
+    function=functools.partial(function, **keywords),
+    coroutine=functools.partial(coroutine, **keywords) if coroutine else None,
+    inline=builtin is not None,
+    weight=weight,
+  )
+
+
+def _refuse(name: str, *_: Any, **__: Any) -> Any:
+  raise UserError(f"reward {name!r} is a coroutine function; use `await reward.grade(...)`")
+
+
+def _weights(spec: str, weights: Any) -> dict[str, float]:
+  if not isinstance(weights, Mapping):
+    raise UserError(f"reward {spec!r}: weights = {weights!r}; expected {{component: number}}")
+  for name, value in weights.items():
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+      raise UserError(f"reward {spec!r}: weight {name} = {value!r}; expected a finite number")
+  return {name: float(value) for name, value in weights.items()}

@@ -1,0 +1,1 @@
+"""Continuous-batching token sampler: pure prefill / insert / generate and a host scheduler."""

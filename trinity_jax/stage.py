@@ -1,0 +1,585 @@
+"""One stage of a run: builds the parts, runs the loop, leaves checkpoints and a model.
+
+Threads: the trainer is the caller's; sampler and explorer have one each. A thread that dies ends
+the stage with its own error; every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax.algorithms.algorithm import make as make_algorithm
+from trinity_jax.buffer.replay import ReplayBuffer
+from trinity_jax.config import Config, TasksetConfig, taskset_config
+from trinity_jax.errors import RunFailed, UserError
+from trinity_jax.experience import Experience, ExperienceId
+from trinity_jax.explorer.explorer import Explorer, rollout_metrics
+from trinity_jax.explorer.rewards import make_reward
+from trinity_jax.launch_order import LaunchOrder
+from trinity_jax.models import hf, sharding
+from trinity_jax.models.presets import ModelConfig
+from trinity_jax.models.tokenizer import Tokenizer
+from trinity_jax.monitor.compiles import CompileCounter
+from trinity_jax.monitor.metrics import reduce_metrics
+from trinity_jax.monitor.progress import Progress, Sample
+from trinity_jax.monitor.summary import peak_rss_mb, rss_mb
+from trinity_jax.monitor.timeline import Timeline
+from trinity_jax.monitor.writers import FILE, Writers, make_writers, read_jsonl
+from trinity_jax.sampler.cache import buckets
+from trinity_jax.sampler.engine import EngineSpec
+from trinity_jax.sampler.programs import Programs
+from trinity_jax.sampler.scheduler import Sampler
+from trinity_jax.schedule import Schedule
+from trinity_jax.synchronizer import Synchronizer
+from trinity_jax.tasks.demonstrations import demonstration
+from trinity_jax.tasks.taskset import load_taskset
+from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
+from trinity_jax.trainer.step import Policy
+from trinity_jax.trainer.trainer import Trainer
+
+WARMUP_STEPS = 2  # steps after which a compilation counts as unexpected
+
+
+@dataclasses.dataclass
+class StageResult:
+  """What a finished stage left."""
+
+  name: str
+  model: str  # Hugging Face folder, "" when save_hf is never
+  resumed: bool
+  accuracy: float | None  # held-out, of the last version
+
+
+class Stage:
+  """The parts of one stage, wired.
+
+  Args:
+    config: of this stage (no `stages` of its own).
+    directory: its folder: metrics.jsonl, checkpoints/, hf/.
+    model_path: Hugging Face folder it starts from.
+    compiles, timeline, progress: the run's.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    directory: Path,
+    model_path: Path,
+    compiles: CompileCounter,
+    timeline: Timeline,
+    progress: Progress,
+  ):
+    self.config, self.directory, self.model_path = config, directory, model_path
+    self.compiles, self.timeline, self.progress = compiles, timeline, progress
+    self.algorithm = make_algorithm(config.algorithm)
+    self.schedule = Schedule(config.sync.interval, config.sync.offset)
+    m = config.mesh
+    self.mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
+    check_rows(config, self.mesh)
+    self.launch = LaunchOrder(self.mesh)
+    self.tokenizer = Tokenizer.load(model_path)
+    self.taskset = load_taskset(
+      config.taskset,
+      seed=config.seed,
+      require=("response",) if self.algorithm.supervised else (),
+    )
+    self.model = hf.load_config(model_path)
+    check_lag(config, self.algorithm)
+
+    layout = sharding.param_shardings(self.model, self.mesh)
+    params, _ = hf.load(
+      model_path, dtype=jnp.dtype(config.model.param_dtype), shardings=layout
+    )
+    rollout_dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
+    self.synchronizer = Synchronizer(
+      layout,
+      rollout_dtype,
+      self.launch,
+      keep=self.schedule.max_lag + 1,
+      timeout=config.sync.timeout,
+    )
+    self.trainer = Trainer(
+      config,
+      self.algorithm,
+      policy_of(config, self.model),
+      params,
+      self.mesh,
+      self.launch,
+      self.synchronizer.params,
+    )
+    self.programs = make_programs(config, self.model, self.mesh, layout, self.launch)
+    self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
+    self.resumed = self._resume()
+    self.writers = make_writers(
+      config, directory, resume_step=self.start if self.resumed else 0, report=progress.message
+    )
+    self._evaluated = {
+      row["step"]: row["eval/accuracy"]
+      for row in read_jsonl(directory / FILE)
+      if "eval/accuracy" in row
+    }
+
+  @property
+  def start(self) -> int:
+    """Trainer steps done before this process began."""
+    return self._start
+
+  def _resume(self) -> bool:
+    """Restores the newest checkpoint, if there is one. Returns whether there was."""
+    self._start = 0
+    step = self.checkpoints.latest_step()
+    if step is None:
+      return False
+    state, meta = self.checkpoints.restore(step, self.trainer.state)
+    if meta["seed"] != self.config.seed:
+      raise UserError(
+        f"{self.directory}: its checkpoint was made with seed {meta['seed']}, this run has "
+        f"config.seed = {self.config.seed}; use that seed or another --workdir"
+      )
+    self.trainer.load_state(state)
+    self.taskset.restore(meta["taskset"])
+    self._start = step
+    changed = changed_terms(meta["terms"], terms_of_exactness(self.mesh))
+    if changed:
+      self.progress.message(
+        f"resuming step {step}; no longer bit-exact, because {'; '.join(changed)}"
+      )
+    if self.schedule.max_lag:
+      self.progress.message(
+        f"resuming step {step}; groups that were on their way are sampled again by version {step}"
+      )
+    return True
+
+  # --- the loop ----------------------------------------------------------------------------------
+
+  def run(self) -> StageResult:
+    """Trains to total_steps, evaluates, saves the model."""
+    c, total = self.config, self.config.trainer.total_steps
+    self.compiles.mark_cold()
+    with contextlib.ExitStack() as stack:
+      stack.callback(self.checkpoints.close)
+      stack.callback(self.writers.close)
+      with self.timeline.span("publish"):
+        self.synchronizer.publish(self.start, self.trainer.state.params)
+      self.trainer.warmup()
+      source = stack.enter_context(self._source())
+      warm_at = min(self.start + WARMUP_STEPS, total)
+      self.timeline.step()  # set-up belongs to no step
+      for step in range(self.start + 1, total + 1):
+        with self.timeline.span("wait_for_batch"):
+          experiences = source.sample()
+        self._train(step, experiences, source)
+        if step == warm_at:
+          self.compiles.mark_warm()
+      source.finish()
+    model = ""
+    if c.trainer.save_hf != "never":
+      model = str(self.save_model())
+    return StageResult(c.name, model, self.resumed, self._evaluated.get(total))
+
+  def _train(self, step: int, experiences: Sequence[Experience], source: Source) -> None:
+    c, total = self.config, self.config.trainer.total_steps
+    if c.algorithm.shuffle_rewards:
+      experiences = shuffled_rewards(experiences, c.seed, step)
+    with self.timeline.span("train"):
+      try:
+        metrics = self.trainer.step(experiences)
+      except RunFailed:
+        self.trainer.save_last_batch(self.directory / "bad_batch")
+        raise
+    if self._publishes(step):
+      with self.timeline.span("publish"):
+        self.synchronizer.publish(step, self.trainer.state.params)
+    metrics |= source.metrics(experiences)
+    metrics |= self._machine_metrics(experiences)
+    self.writers.write(step, metrics)
+    self.progress.update(step, total, metrics, samples(experiences, c.monitor.samples))
+    if step % c.trainer.save_interval == 0 or step == total:
+      with self.timeline.span("checkpoint"):
+        self._save(step)
+
+  def _publishes(self, step: int) -> bool:
+    if step == self.config.trainer.total_steps:
+      return True
+    if self.algorithm.supervised:  # only evaluation looks
+      return bool(self.config.eval.interval) and step % self.config.eval.interval == 0
+    return self.schedule.publishes(step)
+
+  def _machine_metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    """Wall-time split, throughput, memory, compilations."""
+    times = self.timeline.step()
+    trained = sum(len(e.tokens) for e in experiences)
+    out = {**times, **self.compiles.metrics(), "memory/peak_rss_mb": peak_rss_mb()}
+    now = rss_mb()
+    if now is not None:
+      out["memory/rss_mb"] = now
+    if times["time/step"]:
+      out["throughput/tokens_per_s"] = trained / times["time/step"]
+      out["throughput/tokens_per_s_per_chip"] = out["throughput/tokens_per_s"] / self.mesh.size
+    if times["time/train"]:
+      out["throughput/train_tokens_per_s"] = trained / times["time/train"]
+    return out
+
+  def _save(self, step: int) -> None:
+    meta = {
+      "step": step,
+      "version": step,
+      "seed": self.config.seed,
+      "taskset": self._cursor_after(step),
+      "terms": terms_of_exactness(self.mesh),
+    }
+    self.checkpoints.save(step, self.trainer.state, meta)
+    if self.config.trainer.save_hf == "always":
+      self.save_model()
+
+  def _cursor_after(self, step: int) -> dict[str, Any]:
+    """Where the taskset stands when the groups of `step` have been taken (the explorer may be
+    ahead; what it has read beyond is read again)."""
+    return {**self.taskset.state(), "position": step * self.tasks_per_step}
+
+  @property
+  def tasks_per_step(self) -> int:
+    c = self.config
+    return self.trainer.spec.sequences if self.algorithm.supervised else c.explorer.batch_size
+
+  def save_model(self) -> Path:
+    """Writes the current parameters as a Hugging Face folder."""
+    path = self.directory / "hf"
+    hf.save(path, self.trainer.state.params, self.model, tokenizer_dir=self.model_path)
+    return path
+
+  def on_eval(self, version: int, metrics: dict[str, float], shown: list[Experience]) -> None:
+    """Books an evaluation (called from the explorer's thread)."""
+    self.writers.write(version, metrics)
+    self.progress.update(version, self.config.trainer.total_steps, metrics, samples(shown, 2))
+    if "eval/accuracy" in metrics:
+      self._evaluated[version] = metrics["eval/accuracy"]
+      self.checkpoints.offer_best(version, metrics["eval/accuracy"])
+
+  # --- where experiences come from ---------------------------------------------------------------
+
+  @contextlib.contextmanager
+  def _source(self) -> Iterator[Source]:
+    """Starts the threads that experiences come from; stops and joins them whatever happens."""
+    c = self.config
+    held_out = [held_out_taskset(t, i, c.seed) for i, t in enumerate(c.eval.tasksets)]
+    if self.algorithm.supervised and not held_out:
+      yield Demonstrations(self)
+      return
+    self.programs.warmup(self.synchronizer.params(self.start))
+    sampler = Sampler(
+      self.programs,
+      steps_per_dispatch=c.sampler.steps_per_dispatch,
+      refill_fraction=c.sampler.refill_fraction,
+      deterministic=c.explorer.deterministic,
+      span=self.timeline.span,
+    )
+    grade = None
+    if not self.algorithm.supervised:
+      reward = make_reward(c.taskset.reward, c.taskset.reward_args)
+      grade = lambda response, task: reward.grade(response, task.truth, task)
+    per_step = c.explorer.batch_size * c.explorer.group_size
+    buffer = ReplayBuffer(
+      c.buffer.capacity or per_step * (self.schedule.max_steps_ahead + 1),
+      c.explorer.batch_size,
+      self.start + 1,
+    )
+    explorer = Explorer(
+      c,
+      sampler=sampler,
+      tokenizer=self.tokenizer,
+      schedule=self.schedule,
+      synchronizer=self.synchronizer,
+      buffer=buffer,
+      taskset=self.taskset,
+      held_out=held_out,
+      grade=grade,
+      span=self.timeline.span,
+      on_eval=self.on_eval,
+      evaluated=self._evaluated,
+    )
+    kind = Demonstrations if self.algorithm.supervised else Rollouts
+    source = kind(self, explorer, sampler, buffer)
+    sampler.start()
+    source.start()
+    try:
+      yield source
+    except BaseException as error:
+      source.fail(error)
+      raise
+    finally:
+      source.close()
+      sampler.close()
+
+
+class Source:
+  """Where a stage's experiences come from, and the explorer thread beside it."""
+
+  def __init__(
+    self,
+    stage: Stage,
+    explorer: Explorer | None = None,
+    sampler: Sampler | None = None,
+    buffer: ReplayBuffer | None = None,
+  ):
+    self.stage, self.explorer, self.sampler, self.buffer = stage, explorer, sampler, buffer
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
+    self._loop: asyncio.AbstractEventLoop | None = None
+    self._main: asyncio.Task | None = None
+    self._stats: dict[str, float] = {}
+
+  def sample(self) -> list[Experience]:
+    """The next optimizer step's experiences."""
+    raise NotImplementedError
+
+  def explore(self) -> Coroutine[Any, Any, None]:
+    """What the explorer's thread runs."""
+    raise NotImplementedError
+
+  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    raise NotImplementedError
+
+  def start(self) -> None:
+    self._thread = threading.Thread(target=self._run, name="explorer", daemon=True)
+    self._thread.start()
+
+  def _run(self) -> None:
+    async def main():
+      self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
+      await self.explore()
+
+    try:
+      asyncio.run(main())
+    except BaseException as e:  # handed to the trainer, which waits on the buffer or on finish()
+      self._error = e
+      if self.buffer is not None:
+        self.buffer.close(e)
+
+  def finish(self) -> None:
+    """Waits until the explorer has done its last evaluation."""
+    if self._thread is None:
+      return
+    timeout = self.stage.config.sync.timeout
+    self._thread.join(timeout)
+    if self._thread.is_alive():
+      assert self.explorer is not None
+      raise RunFailed(
+        f"the explorer did not end within {timeout:.0f} s (sync.timeout) after the last step: "
+        f"{self.explorer.describe()}"
+      )
+    if self._error is not None:
+      raise RunFailed("the explorer failed after the last step") from self._error
+
+  def fail(self, error: BaseException) -> None:
+    """Wakes everyone who waits for the trainer."""
+    self.stage.synchronizer.close(error)
+    if self.buffer is not None:
+      self.buffer.close(error)
+
+  def close(self) -> None:
+    if self._thread is not None and self._thread.is_alive():
+      if self._loop is not None and self._main is not None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed by itself meanwhile
+          self._loop.call_soon_threadsafe(self._main.cancel)
+      self._thread.join(30)
+
+
+class Rollouts(Source):
+  """Experiences sampled by the policy."""
+
+  def explore(self) -> Coroutine[Any, Any, None]:
+    stage, explorer = self.stage, self.explorer
+    assert explorer is not None
+    total = stage.config.trainer.total_steps
+
+    async def go():
+      await explorer.explore(stage.start + 1, total)
+      if explorer.evaluates:
+        await explorer.evaluate_versions([total])
+
+    return go()
+
+  def sample(self) -> list[Experience]:
+    assert self.buffer is not None and self.explorer is not None
+    n = self.stage.trainer.spec.sequences
+    try:
+      return self.buffer.sample(n, self.stage.config.sync.timeout, self.explorer.describe)
+    except RunFailed:
+      if self._error is not None:
+        raise self._error from None  # its own traceback, not the news of it
+      raise
+
+  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    out = rollout_metrics(experiences, self.stage.config.explorer.group_size)
+    assert self.sampler is not None and self.buffer is not None
+    now = {k: float(v) for k, v in self.sampler.stats.items()}
+    new = {k: v - self._stats.get(k, 0) for k, v in now.items()}
+    self._stats = now
+    out["sampler/decode_steps"] = new["decode_steps"]
+    if new["slot_steps"]:
+      out["sampler/slot_occupancy"] = new["busy_slot_steps"] / new["slot_steps"]
+    out["queue/depth"] = len(self.buffer) / self.stage.config.explorer.group_size
+    return out
+
+
+class Demonstrations(Source):
+  """Experiences read from the taskset's demonstrations; the explorer only evaluates."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._step = self.stage.start
+
+  def explore(self) -> Coroutine[Any, Any, None]:
+    c, start = self.stage.config, self.stage.start
+    total, every = c.trainer.total_steps, c.eval.interval
+    due = [v for v in range(start, total) if every and v % every == 0 and (v or c.eval.on_start)]
+    assert self.explorer is not None
+    return self.explorer.evaluate_versions([*due, total])
+
+  def sample(self) -> list[Experience]:
+    if self._error is not None:
+      raise self._error
+    stage, s = self.stage, self.stage.config.sampler
+    self._step += 1
+    tasks = stage.taskset.next_batch(stage.trainer.spec.sequences)
+    return [
+      demonstration(
+        task,
+        stage.tokenizer,
+        ExperienceId(self._step, i, 0, 0),
+        s.max_prompt_length,
+        s.max_response_length,
+      )
+      for i, task in enumerate(tasks)
+    ]
+
+  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    return reduce_metrics([e.metrics for e in experiences])
+
+
+# --- parts from a config -------------------------------------------------------------------------
+
+
+def policy_of(config: Config, model: ModelConfig) -> Policy:
+  """How train steps evaluate the model."""
+  return Policy(
+    model, jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll or model.num_layers
+  )
+
+
+def make_programs(config: Config, model: ModelConfig, mesh: Mesh, layout, launch) -> Programs:
+  """The sampler programs a config declares."""
+  s = config.sampler
+  cache = s.max_prompt_length + s.max_response_length
+  spec = EngineSpec(
+    model,
+    s.slots,
+    cache,
+    s.max_response_length,
+    jnp.dtype(config.model.rollout_dtype or config.model.dtype),
+    config.model.unroll or model.num_layers,
+  )
+  return Programs(
+    spec,
+    mesh,
+    layout,
+    launch,
+    prompt_lengths=buckets(s.max_prompt_length, s.prompt_buckets),
+    prompt_counts=tuple(sorted({min(n, s.slots) for n in s.prefill_batches})),
+    live_lengths=buckets(cache, s.cache_buckets, smallest=64),
+  )
+
+
+def held_out_taskset(values: dict[str, Any], index: int, seed: int):
+  """(config, all tasks, grade) of one evaluation taskset."""
+  config = taskset_config(values, f"eval.tasksets[{index}]")
+  reward = make_reward(config.reward, config.reward_args)
+  tasks = load_taskset(config, seed=seed, is_eval=True).tasks
+  return config, tasks, lambda response, task: reward.grade(response, task.truth, task)
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+  """Rows of a micro-batch are split over data x fsdp."""
+  over = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = config.trainer.rows_per_micro
+  if rows % over:
+    raise UserError(
+      f"config.trainer.rows_per_micro = {rows}: must be a multiple of the {over} devices of "
+      f"mesh.data x mesh.fsdp; use {-(-rows // over) * over}"
+    )
+
+
+def check_lag(config: Config, algorithm: Algorithm) -> None:
+  """Off-policy data needs an objective that knows which policy sampled it."""
+  lag = config.sync.interval + config.sync.offset - 1
+  if lag and not algorithm.supervised and not algorithm.uses_ratio:
+    raise UserError(
+      f"config.sync gives rollouts that are up to {lag} versions old, but algorithm "
+      f"{algorithm.name!r} neither clips nor corrects the ratio; use sync.interval=1 and "
+      "sync.offset=0, or policy_loss='ppo'"
+    )
+  per_step = config.explorer.batch_size * config.explorer.group_size
+  if not algorithm.supervised and config.trainer.batch_size not in (0, per_step):
+    raise UserError(
+      f"config.trainer.batch_size = {config.trainer.batch_size}: one optimizer step takes one "
+      f"explorer step of {per_step} experiences (explorer.batch_size x group_size); use 0"
+    )
+  if algorithm.needs_group and config.explorer.group_size == 1:
+    raise UserError(
+      f"config.explorer.group_size = 1: algorithm {algorithm.name!r} compares the runs of a task; "
+      "use at least 2"
+    )
+
+
+def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) -> list[Experience]:
+  """The control experiment: the step's rewards, dealt out at random."""
+  order = np.random.default_rng((seed, step)).permutation(len(experiences))
+  return [
+    dataclasses.replace(e, reward=experiences[j].reward) for e, j in zip(experiences, order)
+  ]
+
+
+def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:
+  """The first runs of the first groups, as texts for people."""
+  first = [e for e in experiences if e.id.run == 0 and len(e.messages) > 1][:n]
+  return [
+    Sample(str(e.messages[-2]["content"]), str(e.messages[-1]["content"]), e.reward) for e in first
+  ]
+
+
+def write_stage_result(path: Path, result: StageResult, seconds: float) -> None:
+  """Marks a stage as finished; a rerun skips it."""
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps({**dataclasses.asdict(result), "seconds": seconds}))
+  part.replace(path)
+
+
+def read_stage_result(path: Path) -> StageResult:
+  values = json.loads(path.read_text())
+  values.pop("seconds")
+  return StageResult(**values)
+
+
+def run_stage(*args, **kwargs) -> StageResult:
+  """Builds and runs a stage; returns its result and marks it finished in stage.json."""
+  start = time.monotonic()
+  stage = Stage(*args, **kwargs)
+  result = stage.run()
+  write_stage_result(stage.directory / "stage.json", result, time.monotonic() - start)
+  jax.clear_caches()
+  return result

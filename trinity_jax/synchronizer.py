@@ -1,0 +1,101 @@
+"""Publishes (version, params): train layout -> rollout layout, on the mesh, without a host copy."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trinity_jax.errors import RunFailed
+from trinity_jax.launch_order import LaunchOrder
+
+
+class Synchronizer:
+  """Holds the published versions; explorers wait for the one they need.
+
+  A published pytree never aliases the train state, which is donated. The newest `keep` versions
+  stay, so that the trainer can recompute the log-probs of older samples.
+  """
+
+  def __init__(self, shardings: Any, dtype: Any, launch: LaunchOrder, *, keep: int, timeout: float):
+    self._cast = jax.jit(
+      lambda params: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params),
+      out_shardings=shardings,
+    )
+    self._launch = launch
+    self._keep = keep
+    self._timeout = timeout
+    self._lock = threading.Lock()
+    self._versions: dict[int, Any] = {}
+    self._waiters: list[tuple[int, Future]] = []
+    self._closed: BaseException | None = None
+
+  @property
+  def version(self) -> int:
+    """The newest published version, -1 before the first."""
+    with self._lock:
+      return max(self._versions, default=-1)
+
+  def publish(self, version: int, params: Any) -> None:
+    """Casts and reshards params to the rollout layout and makes them version `version`."""
+    published = jax.block_until_ready(self._launch(self._cast, params))
+    with self._lock:
+      newest = max(self._versions, default=-1)
+      if version <= newest:
+        raise ValueError(f"version {version} published after version {newest}")
+      self._versions[version] = published
+      for old in sorted(self._versions)[: -self._keep]:
+        del self._versions[old]
+      ready = [w for w in self._waiters if w[0] <= version]
+      self._waiters = [w for w in self._waiters if w[0] > version]
+    for _, future in ready:
+      future.set_result(None)
+
+  def params(self, version: int) -> Any | None:
+    """The published params of exactly this version, or None when no longer kept."""
+    with self._lock:
+      return self._versions.get(version)
+
+  def _future(self, version: int) -> Future:
+    future: Future = Future()
+    with self._lock:
+      if self._closed is not None:
+        future.set_exception(self._closed)
+      elif max(self._versions, default=-1) >= version:
+        future.set_result(None)
+      else:
+        self._waiters.append((version, future))
+    return future
+
+  def _newest_up_to(self, version: int) -> tuple[int, Any]:
+    """The exact version when it is kept, else (after a resume) the newest."""
+    with self._lock:
+      found = version if version in self._versions else max(self._versions)
+      return found, self._versions[found]
+
+  async def wait_for(self, version: int) -> tuple[int, Any]:
+    """Waits until `version` exists; returns (version, params).
+
+    Raises:
+      RunFailed: it did not come within the timeout.
+    """
+    try:
+      await asyncio.wait_for(asyncio.wrap_future(self._future(version)), self._timeout)
+    except TimeoutError:
+      raise RunFailed(
+        f"the explorer waited {self._timeout:.0f} s (sync.timeout) for version {version}; the "
+        f"trainer's newest is {self.version}"
+      ) from None
+    return self._newest_up_to(version)
+
+  def close(self, error: BaseException) -> None:
+    """Fails everyone who waits, now and later."""
+    with self._lock:
+      self._closed = error
+      waiters, self._waiters = self._waiters, []
+    for _, future in waiters:
+      future.set_exception(error)

@@ -1,0 +1,1 @@
+"""Packing, the train step, optimizer and checkpoints."""
