@@ -2,7 +2,7 @@
 
 python launch/main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-About 2 minutes on 2 CPU cores. SFT on demonstrations of which 60 % forget the carry gives a
+About 2 minutes on 2 CPU cores. SFT on demonstrations of which 65 % forget the carry gives a
 held-out accuracy of 0.3 to 0.6; GRPO, which sees only the verifier's reward, passes 0.9.
 """
 
@@ -31,9 +31,9 @@ def get_config():
     {
       "name": "sft",
       "algorithm.name": "sft",
-      "taskset.generate_args": dict(split="sft"),
+      "taskset.generate_args": dict(split="sft", wrong_fraction=0.65),
       "trainer": dict(total_steps=300, batch_size=256, rows_per_micro=256, save_interval=100),
-      "optimizer": dict(learning_rate=2e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1),
+      "optimizer": dict(learning_rate=1e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1),
       "eval.interval": 50,
     },
     {

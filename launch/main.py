@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -53,4 +53,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)  # libraries; --verbosity=0 shows what they say
   app.run(main)

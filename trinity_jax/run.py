@@ -39,6 +39,8 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
   with CompileCounter() as compiles, Progress(config.monitor.progress, title=config.name) as shown:
     results = run_stages(config, workdir, compiles, timeline, shown)
     summary = summarise(config, workdir, results, time.monotonic() - start, compiles)
+    if compiles.since_warmup:
+      shown.message(f"compiled after the warm-up (a bug): {', '.join(compiles.late)}")
     timeline.write_trace(workdir / "trace.json")
     picture = draw_curves(config, workdir)
     shown.message(f"summary: {workdir / 'summary.json'}  curves: {picture}")

@@ -125,7 +125,7 @@ class Stage:
     self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
     self.resumed = self._resume()
     self.writers = make_writers(
-      config, directory, resume_step=self.start if self.resumed else 0, report=progress.message
+      config, directory, resume_step=self.start if self.resumed else -1, report=progress.message
     )
     self._evaluated = {
       row["step"]: row["eval/accuracy"]
@@ -186,6 +186,7 @@ class Stage:
         if step == warm_at:
           self.compiles.mark_warm()
       source.finish()
+    self.compiles.mark_cold()  # saving may compile; no step does
     model = ""
     if c.trainer.save_hf != "never":
       model = str(self.save_model())

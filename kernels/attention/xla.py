@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_NEVER = -1e30  # a finite "minus infinity": a fully masked row stays finite, and so does its gradient
+_NEVER = -1e30  # finite, so that a fully masked row, and its gradient, stay finite
 
 
 def attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from trinity_jax.errors import UserError
 from trinity_jax.models import hf, sharding, transformer
 from trinity_jax.models.presets import ModelConfig
 
+_QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time, which is the test's
 SIZES = (64, 32, 2, 4, 2, 16, 48)  # vocabulary, width, layers, heads, kv heads, head dim, mlp
 CONFIGS = {
   "tied": ModelConfig("qwen2", *SIZES, qkv_bias=True, tie_word_embeddings=True),
@@ -25,7 +27,10 @@ CONFIGS = {
 def _params(config, dtype=jnp.float32):
   """Random, every leaf away from its initial value."""
   rng = np.random.default_rng(0)
-  draw = lambda spec: jnp.asarray(rng.normal(size=spec.shape).astype(np.float32) * 0.1, dtype)
+
+  def draw(spec):
+    return jnp.asarray(rng.normal(size=spec.shape).astype(np.float32) * 0.1, dtype)
+
   return jax.tree.map(draw, transformer.abstract(config))
 
 
@@ -75,8 +80,13 @@ def test_transformers_loads_what_we_save(name, tmp_path):
   with torch.no_grad():
     want = model(torch.tensor(tokens)).logits.numpy()
   positions = jnp.broadcast_to(jnp.arange(10)[None], (2, 10))
-  hidden = transformer.forward(params, config, tokens, positions, jnp.ones_like(positions))
-  assert np.abs(transformer.logits(params, config, hidden) - want).max() <= 1e-4
+
+  @functools.partial(jax.jit, compiler_options=_QUICK)
+  def run(params):
+    hidden = transformer.forward(params, config, tokens, positions, jnp.ones_like(positions))
+    return transformer.logits(params, config, hidden)
+
+  assert np.abs(run(params) - want).max() <= 1e-4
 
 
 def test_load_places_each_shard(tmp_path):
@@ -85,7 +95,8 @@ def test_load_places_each_shard(tmp_path):
   shardings = sharding.param_shardings(config, sharding.make_mesh(2, 2, 2))
   loaded, _ = hf.load(tmp_path / "m", shardings=shardings)
   _assert_equal(loaded, params)
-  jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding} != {s}"), loaded, shardings)
+  for leaf, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings)):
+    assert leaf.sharding == want
 
 
 def test_save_replaces_a_folder_and_copies_the_tokenizer(tmp_path):
@@ -137,8 +148,7 @@ def test_tensors_that_do_not_fit_are_all_listed(saved):
 
 def test_a_tied_checkpoint_may_repeat_the_matrix_but_not_contradict_it(tmp_path):
   path = hf.save(tmp_path / "m", _params(CONFIGS["tied"]), CONFIGS["tied"])
-  same = lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()})
-  _edit(path, same)
+  _edit(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
   hf.load(path)
   _edit(path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
   with pytest.raises(UserError, match="lm_head.weight differs from the embedding"):
@@ -194,8 +204,8 @@ def test_save_refuses_parameters_of_another_model_and_bad_folders(saved, tmp_pat
 def test_init_of_a_leaf_does_not_depend_on_the_others():
   tied = CONFIGS["tied"]
   untied = ModelConfig("llama", *SIZES)
-  a = transformer.init(jax.random.key(3), tied)
-  b = transformer.init(jax.random.key(3), untied)
+  init = jax.jit(transformer.init, static_argnums=1, compiler_options=_QUICK)
+  a, b = init(jax.random.key(3), tied), init(jax.random.key(3), untied)
   np.testing.assert_array_equal(a["layers"]["wq"], b["layers"]["wq"])
   np.testing.assert_array_equal(a["embed"], b["embed"])
   assert not np.array_equal(a["layers"]["w_gate"], a["layers"]["w_up"])

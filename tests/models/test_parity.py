@@ -22,7 +22,7 @@ _QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time, which
 _SIZES = dict(
   vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
   num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=1,
-  pad_token_id=None,  # torch gives the embedding of a pad id no gradient; we derive nothing from ids
+  pad_token_id=None,  # torch gives the embedding of a pad id no gradient; we do not look at ids
 )  # fmt: skip
 _LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                original_max_position_embeddings=64)  # fmt: skip
@@ -194,9 +194,12 @@ def test_bfloat16_computes_norms_and_logits_in_float32(llama):
   params, config = llama
   batch = _packed(0)
   real = batch[2] > 0
-  run = lambda dtype: transformer.logits(
-    params, config, transformer.forward(params, config, *batch, dtype=dtype)
-  )
+
+  @functools.partial(jax.jit, static_argnums=0, compiler_options=_QUICK)
+  def run(dtype):
+    hidden = transformer.forward(params, config, *batch, dtype=dtype)
+    return transformer.logits(params, config, hidden)
+
   exact, rounded = run(None), run(jnp.bfloat16)
   assert rounded.dtype == jnp.float32
   error = np.abs(np.asarray(exact - rounded))[real]

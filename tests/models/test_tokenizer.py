@@ -82,13 +82,17 @@ def test_transformers_loads_the_folder(folder):
 
 
 def test_same_seed_same_bytes(folder, tmp_path):
-  make = lambda seed: hf.write_tiny_checkpoint(
-    tmp_path / str(seed), seed=seed, hidden=32, intermediate=32, layers=1, head_dim=16
+  zero, one = (
+    hf.write_tiny_checkpoint(
+      tmp_path / str(seed), seed=seed, hidden=32, intermediate=32, layers=1, head_dim=16
+    )
+    for seed in (0, 1)
   )
   for file in folder.iterdir():
-    assert (make(0) / file.name).read_bytes() == file.read_bytes(), file.name
-  one = make(1) / "model.safetensors"
-  assert one.read_bytes() != (folder / "model.safetensors").read_bytes()
+    same = (zero / file.name).read_bytes() == file.read_bytes()
+    assert same, file.name
+    differs = (one / file.name).read_bytes() != file.read_bytes()
+    assert differs == (file.name == "model.safetensors"), file.name
 
 
 @pytest.mark.parametrize("size", [256, 300])
@@ -113,12 +117,15 @@ def test_bad_folders(folder, tmp_path):
   with pytest.raises(UserError, match="no tokenizer_config.json"):
     tokenizer.load(tmp_path / "nowhere")
   copy = _copy(folder, tmp_path)
+  hello = [{"role": "user", "content": "hello"}]
+  with pytest.raises(UserError, match="no messages"):
+    tokenizer.load(copy).apply_chat_template([], add_generation_prompt=True)
   (copy / "chat_template.jinja").unlink()
   with pytest.raises(UserError, match="no chat template"):
-    tokenizer.load(copy).apply_chat_template([], add_generation_prompt=True)
+    tokenizer.load(copy).apply_chat_template(hello, add_generation_prompt=True)
   (copy / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
   with pytest.raises(UserError, match="refuses the messages: roles must alternate"):
-    tokenizer.load(copy).apply_chat_template([], add_generation_prompt=True)
+    tokenizer.load(copy).apply_chat_template(hello, add_generation_prompt=True)
   (copy / "generation_config.json").write_text("{")
   with pytest.raises(UserError, match="generation_config.json: not a JSON object"):
     tokenizer.load(copy)

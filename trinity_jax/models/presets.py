@@ -102,7 +102,7 @@ class ModelConfig:
     if self.head_dim % 2:
       raise UserError(f"model config: head_dim = {self.head_dim} must be even (rotary pairs)")
     if self.sliding_window is not None and self.sliding_window < 1:
-      raise UserError(f"model config: sliding_window = {self.sliding_window}, expected >= 1 or null")
+      raise UserError(f"model config: sliding_window = {self.sliding_window}, expected >= 1")
     if self.qkv_bias != (self.family == "qwen2") or self.qk_norm != (self.family == "qwen3"):
       raise UserError(
         f"model config: family {self.family} with qkv_bias={self.qkv_bias}, qk_norm={self.qk_norm}"
@@ -278,7 +278,9 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   return float(theta), RopeScaling(kind=kind, **entry)
 
 
-def _qwen25(d: int, layers: int, heads: int, kv: int, f: int, vocab: int, tied: bool) -> ModelConfig:
+def _qwen25(
+  d: int, layers: int, heads: int, kv: int, f: int, vocab: int, tied: bool
+) -> ModelConfig:
   return ModelConfig(
     "qwen2", vocab, d, layers, heads, kv, d // heads, f, rope_theta=1e6, tie_word_embeddings=tied,
     qkv_bias=True, max_position_embeddings=32768, bos_token_id=151643,

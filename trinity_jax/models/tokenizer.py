@@ -61,10 +61,12 @@ class Tokenizer:
     """Returns the ids of a dialogue, ready for the next reply if `add_generation_prompt`.
 
     Raises:
-      UserError: the tokenizer has no chat template, or the template refuses the messages.
+      UserError: no messages, no chat template, or the template refuses the messages.
     """
     import jinja2
 
+    if not messages:
+      raise UserError("apply_chat_template: no messages; expected at least one")
     if not self._inner.chat_template:
       raise UserError("this tokenizer has no chat template; add chat_template.jinja to its folder")
     try:

@@ -62,7 +62,7 @@ def forward(
 
   Args:
     dtype: compute dtype; None = that of the parameters.
-    remat: "none", "dots" (keep matmul outputs, recompute the rest) or "full" (recompute each layer).
+    remat: "none", "dots" (keep matmul outputs only) or "full" (keep layer inputs only).
     unroll: layers per iteration of the layer scan; None = 1. Larger compiles longer and, on a CPU,
       runs faster; the result is the same.
 

@@ -59,7 +59,7 @@ def generate(
 
 
 def wrong_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  """Returns a + b without the carry out of the ones column: 27 + 58 -> 75. Integers of any shape."""
+  """Returns a + b without the carry out of the ones column: 27 + 58 -> 75. Any shape."""
   return a + b - 10 * (a % 10 + b % 10 >= 10)
 
 

@@ -73,7 +73,8 @@ def test_no_answer_scores_zero(response):
 
 
 @pytest.mark.parametrize(
-  "truth", ["", "24", "[3]", "{}", '{"numbers": [], "target": 1}', '{"numbers": ["3"], "target": 1}']
+  "truth",
+  ["", "24", "[3]", "{}", '{"numbers": [], "target": 1}', '{"numbers": ["3"], "target": 1}'],
 )
 def test_a_truth_that_is_no_puzzle_is_the_users_error(truth):
   with pytest.raises(UserError, match="no puzzle.*expected JSON"):

@@ -263,6 +263,23 @@ def test_closing_ends_processes_and_waiting_requests(grader):
   wait_until_gone(pid)
 
 
+def test_a_fork_of_ours_leaves_our_workers_alone(grader):
+  code = (
+    "import os, pathlib, sys\n"
+    "from trinity_jax.explorer.rewards.grader_pool import GraderPool\n"
+    f"pool = GraderPool(pathlib.Path({str(grader)!r}), workers=1)\n"
+    "first = pool.grade('pid', '').score\n"
+    "fork = os.fork()\n"
+    "if fork == 0:\n"
+    "  pool.close()\n"
+    "  os._exit(0)\n"
+    "os.waitpid(fork, 0)\n"
+    "print(pool.grade('pid', '').score == first)\n"
+  )
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert out.stdout.strip() == "True", out.stderr
+
+
 def test_arguments_are_checked(grader):
   with pytest.raises(UserError, match="workers = 0"):
     GraderPool(grader, workers=0)

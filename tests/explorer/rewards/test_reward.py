@@ -14,6 +14,7 @@ from trinity_jax.explorer.rewards import (
   arithmetic_reward,
   combine,
   format_reward,
+  grading_counts,
   make_reward,
   resolve,
 )
@@ -106,7 +107,7 @@ def test_combine_sums_with_weights():
     combine(components, {"fromat": 1.0})
 
 
-# --- functions that make_reward finds by name ------------------------------------------------------
+# --- functions that make_reward finds by name -----------------------------------------------------
 
 
 def dapo(response, truth, task=None, *, penalty=-0.5):
@@ -155,6 +156,12 @@ def test_several_rewards_with_weights():
   args = {"math": 2, "format": {"scale": 1.0, "weight": 0.5}}
   assert both_ways(make_reward("math+format", args), "#### 4", "3").total == 0.5
   assert both_ways(make_reward("math+format", args), "#### 3", "3").total == 2.5
+
+
+def test_the_number_of_graders_reaches_those_that_grade_in_workers():
+  reward = make_reward("math+format", {"format": 2.0}, workers=1)
+  assert both_ways(reward, "#### 3", "3").total == pytest.approx(1.2)
+  assert grading_counts(workers=1) == {"correct": 2}
 
 
 def test_components_of_one_function_are_weighted():

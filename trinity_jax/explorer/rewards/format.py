@@ -25,9 +25,9 @@ def format_reward(
     scale: the best score.
 
   Returns:
-    `scale` for a final answer marked by `\\boxed{...}` or `#### ...` that holds a number; half of it
-    for a response that ends in a number; a fifth when there is a digit at all; else 0. The lower
-    two give a model that knows no format yet something to climb.
+    `scale` for a final answer marked by `\\boxed{...}` or `#### ...` that holds a number; half of
+    it for a response that ends in a number; a fifth when there is a digit at all; else 0. The
+    lower two give a model that knows no format yet something to climb.
   """
   answer = answers.final_answer(response)
   if answer is not None and _DIGIT.search(answer):

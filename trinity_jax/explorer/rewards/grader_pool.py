@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -118,6 +119,8 @@ class _Worker:
       start_new_session=True,  # Ctrl-C is for us; and the whole session can be killed
       bufsize=0,
     )
+    if self._closed:
+      raise _Lost("closed while starting")
     assert self._process.stdin and self._process.stdout
     self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
     os.set_blocking(self._stdin, False)
@@ -134,17 +137,15 @@ class _Worker:
   def interrupt(self) -> None:
     """Ends the processes for good, from any thread; whoever waits for them notices."""
     self._closed = True
-    process = self._process
-    if process is not None and process.poll() is None:
-      os.killpg(process.pid, signal.SIGKILL)
+    if (process := self._process) is not None:
+      _kill(process)
 
   def stop(self) -> None:
     """Ends the processes and closes the pipes."""
     process, self._process = self._process, None
     if process is None:
       return
-    if process.poll() is None:
-      os.killpg(process.pid, signal.SIGKILL)
+    _kill(process)
     process.wait()
     for pipe in (process.stdin, process.stdout):
       assert pipe
@@ -195,6 +196,13 @@ class _Worker:
       raise _Lost("worker did not answer in time")
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+  """Kills a worker and its child."""
+  if process.poll() is None:
+    with contextlib.suppress(ProcessLookupError):  # two threads may be about it at once
+      os.killpg(process.pid, signal.SIGKILL)
+
+
 class GraderPool:
   """Grades in `workers` processes, each with a thread of ours that speaks to it.
 
@@ -232,6 +240,7 @@ class GraderPool:
     self._lock = threading.Lock()
     self._counts: collections.Counter[str] = collections.Counter()
     self._closed = False
+    self._process = os.getpid()
     self._threads: list[threading.Thread] = []
     self._workers = [
       _Worker(Path(grader), cpu_seconds, wall_seconds, memory_mb, requests) for _ in range(workers)
@@ -275,7 +284,7 @@ class GraderPool:
     """Ends the workers; requests still waiting raise RunFailed. Closing twice is fine."""
     with self._lock:
       closed, self._closed = self._closed, True
-    if closed:
+    if closed or os.getpid() != self._process:  # a fork must not end its parent's workers
       return
     for _ in self._threads:
       self._jobs.put(None)

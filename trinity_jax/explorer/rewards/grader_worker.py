@@ -11,7 +11,7 @@ Requests and replies are JSON lines on the pipes that were stdin and stdout:
   -> {"response", "truth", "cpu", "wall"}   seconds of CPU time and of wall clock for this request
   <- {"ready": true} | {"failed": traceback}                            once, after loading
   <- {"score", "reason", "detail", "last"}  `last`: this child answers no more, the next is fresh
-  <- {"died": signal number, or 256 + exit code}      a child's end: instead of a reply or after a last
+  <- {"died": signal number, or 256 + exit code}            instead of a reply, and after a last one
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def math_rewards(
 
 
 def grading_counts(workers: int = WORKERS) -> dict[str, int]:
-  """How often each verdict was given so far: correct, wrong, unparsed, timeout, hang, memory, ..."""
+  """How often each verdict was given so far: correct, wrong, unparsed, or one of FAILURES."""
   return _pool(workers).counts()
 
 
@@ -83,8 +83,8 @@ def reference(truth: str) -> str:
   answer = truth.strip() if answer is None else answer
   if not answer:
     raise UserError(
-      f"math reward: truth {truth[-80:]!r} holds no answer; expected a value, \\boxed{{value}} or a "
-      "text that ends in '#### value' (taskset.truth_key names the field it is read from)"
+      f"math reward: truth {truth[-80:]!r} holds no answer; expected a value, \\boxed{{value}} or "
+      "a text that ends in '#### value' (taskset.truth_key names the field it is read from)"
     )
   return answer
 

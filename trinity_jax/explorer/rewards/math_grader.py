@@ -28,20 +28,21 @@ def grade(response: str, truth: str) -> tuple[float, str]:
   Raises:
     ValueError: nothing in `truth` can be compared with.
   """
-  gold = parse(truth, parsing_timeout=None, **_MARKED)
+  gold = parse(truth, parsing_timeout=0, **_MARKED)
   if not gold:
     raise ValueError("truth has no answer")
   marked = response.startswith("\\boxed{") and response.endswith("}")
-  answer = parse(response, parsing_timeout=None, **(_MARKED if marked else {}))
+  answer = parse(response, parsing_timeout=0, **(_MARKED if marked else {}))
   if not answer:
     return 0.0, "unparsed"
-  if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+  if verify(gold, answer, timeout_seconds=0, raise_on_error=True):
     return 1.0, "correct"
   return 0.0, "wrong"
 
 
 def warm_up() -> None:
   """Fills the caches (patterns, parser tables) that every forked child then shares."""
-  for text in ("\\boxed{1{,}234.5}", "$\\frac{3}{4}$", "\\boxed{\\sqrt{2}x^2+1}", "7", "so 3*4 = 12"):
+  boxes = ("\\boxed{1{,}234.5}", "\\boxed{-7}", "\\boxed{\\sqrt{2}x^2+1}", "\\boxed{\\frac{3}{4}}")
+  for text in (*boxes, "$\\frac{3}{4}$", "7", "so 3*4 = 12"):
     grade(text, "\\boxed{12}")
   grade("\\boxed{(1, 2)}", "\\boxed{\\{1, 2\\}}")

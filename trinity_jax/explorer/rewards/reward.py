@@ -140,7 +140,9 @@ class Reward:
     return Score(combine(values, weights), values)
 
 
-def make_reward(spec: str, args: Mapping[str, Any] | None = None) -> Reward:
+def make_reward(
+  spec: str, args: Mapping[str, Any] | None = None, *, workers: int | None = None
+) -> Reward:
   """Builds the reward that a config describes.
 
   Args:
@@ -148,6 +150,7 @@ def make_reward(spec: str, args: Mapping[str, Any] | None = None) -> Reward:
     args: for one function its keyword arguments; for several {name: weight or {keyword: value,
       "weight": w}}. "weights" holds weights of named components (default 1):
       {"weights": {"accuracy": 1.0, "format": 0.5}}.
+    workers: grader processes, for built-in functions that take `workers` and are not given it.
 
   Raises:
     UserError: unknown function, argument or weight.
@@ -165,11 +168,11 @@ def make_reward(spec: str, args: Mapping[str, Any] | None = None) -> Reward:
     per_part = [args]
   if len(set(names)) < len(names):
     raise UserError(f"reward {spec!r} names a function twice")
-  parts = [_part(name, part_args) for name, part_args in zip(names, per_part)]
+  parts = [_part(name, part_args, workers) for name, part_args in zip(names, per_part)]
   return Reward(spec, tuple(parts), weights)
 
 
-def _part(name: str, args: Any) -> _Part:
+def _part(name: str, args: Any, workers: int | None) -> _Part:
   function = resolve(name)
   builtin = _BUILTINS.get(name)
   coroutine = builtin.coroutine if builtin else None
@@ -178,6 +181,8 @@ def _part(name: str, args: Any) -> _Part:
   keywords = dict(args) if isinstance(args, Mapping) else {"weight": args}
   weight = _weights(name, {"weight": keywords.pop("weight", 1.0)})["weight"]
   target = coroutine or function
+  if builtin and workers is not None and "workers" in inspect.signature(target).parameters:
+    keywords.setdefault("workers", workers)
   try:
     inspect.signature(target).bind("", "", None, **keywords)
   except TypeError as e:

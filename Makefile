@@ -1,0 +1,60 @@
+# Every target makes the environment it needs; only Python 3.11+ and make are assumed.
+PYTHON ?= python3
+SEED ?= 0
+WORKDIR ?= runs/quickstart
+VENV := .venv
+PY := $(VENV)/bin/python
+# CPU torch is for parity tests only; without it a dependency might pull CUDA builds.
+TORCH ?= torch==2.13.0
+
+.PHONY: quickstart test slow nightly check perf aot-check gpu-check env dev clean
+
+env: $(VENV)/.run
+dev: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(PY) -m pip install --quiet '$(TORCH)'
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.run
+
+# A tiny model learns to add: SFT on flawed demonstrations, then GRPO. About 3 minutes on 2 cores.
+quickstart: $(VENV)/.run
+	$(PY) launch/main.py --config=configs/quickstart.py --workdir=$(WORKDIR) --config.seed=$(SEED)
+
+test: $(VENV)/.dev
+	$(PY) -m pytest -m 'not slow and not nightly'
+
+slow: $(VENV)/.dev
+	$(PY) -m pytest -m 'slow and not nightly' --timeout=2700
+
+nightly: $(VENV)/.dev
+	$(PY) -m pytest --timeout=86400
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+# Speed beside the machine's own ceilings, and beside peers where their environments are named.
+perf: $(VENV)/.dev
+	$(PY) launch/perf.py step --json=runs/perf_step.json
+
+# Programs compiled ahead of time for TPU targets on any machine.
+aot-check: $(VENV)/.dev
+	$(PY) -m pip install --quiet --editable '.[plan]'
+	$(PY) -m pytest -m aot tests
+
+# What a GPU machine can check with the packages it has.
+gpu-check:
+	$(PYTHON) launch/gpu_check.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs .pytest_cache .ruff_cache
