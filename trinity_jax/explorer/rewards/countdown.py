@@ -50,7 +50,7 @@ def countdown_reward(
     value, used = evaluate(expression)
   except (ValueError, ZeroDivisionError):
     return format_score
-  return score if value == target else format_score
+  return score if sorted(used) == sorted(numbers) and value == target else format_score
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
