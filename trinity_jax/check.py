@@ -38,7 +38,7 @@ def _stage_plan(config: Config) -> str:
   state_shardings(programs.spec, mesh)
   require = ("response",) if algorithm.supervised else ()
   taskset = load_taskset(config.taskset, seed=config.seed, require=require)
-  held_out = [parts.held_out_taskset(t, i, config.seed) for i, t in enumerate(config.eval.tasksets)]
+  held_out = [parts.held_out_taskset(config, i) for i in range(len(config.eval.tasksets))]
   spec = pack_spec(config)
   memory = memory_per_device(config, model, mesh, algorithm.needs_reference)
 

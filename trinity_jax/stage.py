@@ -24,11 +24,11 @@ from jax.sharding import Mesh
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.config import Config, TasksetConfig, taskset_config
+from trinity_jax.config import Config, taskset_config
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import Experience, ExperienceId
 from trinity_jax.explorer.explorer import Explorer, rollout_metrics
-from trinity_jax.explorer.rewards import make_reward
+from trinity_jax.explorer.rewards import grading_counts, make_reward
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
 from trinity_jax.models.presets import ModelConfig
@@ -277,7 +277,7 @@ class Stage:
   def _source(self) -> Iterator[Source]:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     c = self.config
-    held_out = [held_out_taskset(t, i, c.seed) for i, t in enumerate(c.eval.tasksets)]
+    held_out = [held_out_taskset(c, i) for i in range(len(c.eval.tasksets))]
     if self.algorithm.supervised and not held_out:
       yield Demonstrations(self)
       return
@@ -291,7 +291,9 @@ class Stage:
     )
     grade = None
     if not self.algorithm.supervised:
-      reward = make_reward(c.taskset.reward, c.taskset.reward_args)
+      reward = make_reward(
+        c.taskset.reward, c.taskset.reward_args, workers=c.explorer.reward_workers
+      )
       grade = lambda response, task: reward.grade(response, task.truth, task)
     per_step = c.explorer.batch_size * c.explorer.group_size
     buffer = ReplayBuffer(
@@ -343,6 +345,7 @@ class Source:
     self._loop: asyncio.AbstractEventLoop | None = None
     self._main: asyncio.Task | None = None
     self._stats: dict[str, float] = {}
+    self._verdicts: dict[str, float] = {}
 
   def sample(self) -> list[Experience]:
     """The next optimizer step's experiences."""
@@ -435,7 +438,17 @@ class Rollouts(Source):
     if new["slot_steps"]:
       out["sampler/slot_occupancy"] = new["busy_slot_steps"] / new["slot_steps"]
     out["queue/depth"] = len(self.buffer) / self.stage.config.explorer.group_size
-    return out
+    return out | self._new_verdicts()
+
+  def _new_verdicts(self) -> dict[str, float]:
+    """What the math grader said since the last step; a failing grader shows here."""
+    c = self.stage.config
+    if "math" not in c.taskset.reward.split("+"):
+      return {}
+    now = {f"grader/{k}": float(v) for k, v in grading_counts(c.explorer.reward_workers).items()}
+    new = {k: v - self._verdicts.get(k, 0.0) for k, v in now.items()}
+    self._verdicts = now
+    return new
 
 
 class Demonstrations(Source):
@@ -506,12 +519,12 @@ def make_programs(config: Config, model: ModelConfig, mesh: Mesh, layout, launch
   )
 
 
-def held_out_taskset(values: dict[str, Any], index: int, seed: int):
+def held_out_taskset(config: Config, index: int):
   """(config, all tasks, grade) of one evaluation taskset."""
-  config = taskset_config(values, f"eval.tasksets[{index}]")
-  reward = make_reward(config.reward, config.reward_args)
-  tasks = load_taskset(config, seed=seed, is_eval=True).tasks
-  return config, tasks, lambda response, task: reward.grade(response, task.truth, task)
+  own = taskset_config(config.eval.tasksets[index], f"eval.tasksets[{index}]")
+  reward = make_reward(own.reward, own.reward_args, workers=config.explorer.reward_workers)
+  tasks = load_taskset(own, seed=config.seed, is_eval=True, require=("truth",)).tasks
+  return own, tasks, lambda response, task: reward.grade(response, task.truth, task)
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trinity_jax import algorithms
 from trinity_jax.algorithms import stats
-from trinity_jax.algorithms.advantages import constant, grpo, group_statistics, to_tokens
+from trinity_jax.algorithms.advantages import constant, group_statistics, grpo, to_tokens
 from trinity_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ jitted = jax.jit(grpo, static_argnames=("num_groups", "std", "std_threshold"))
 def test_hand_computed():
   # Group 0: rewards 1, 0, 0, 1: mean 1/2, unbiased variance 4 * (1/4) / 3 = 1/3, std 0.577350:
   #   +-0.5 / (0.577350 + 1e-6) = +-0.866024.
-  # Group 1: rewards 2, 4: mean 3, variance (1 + 1) / 1 = 2, std 1.414214: -+1 / 1.414215 = 0.707106.
+  # Group 1: rewards 2, 4: mean 3, variance (1 + 1) / 1 = 2: -+1 / (1.414214 + 1e-6).
   rewards = jnp.array([1.0, 0.0, 2.0, 0.0, 1.0, 4.0])
   ids = jnp.array([0, 0, 1, 0, 0, 1])
   advantages, out = grpo(rewards, ids, jnp.ones(6, bool), 2)

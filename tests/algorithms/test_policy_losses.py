@@ -70,21 +70,27 @@ def test_clip_higher_and_no_dual_clip():
   assert out["pg_clipfrac"] == 0 and out["pg_clipfrac_dual"] == 0
 
 
+def tie_near(x):
+  """A log ratio near x whose exp is the same number in jax and torch, and 1 + (r - 1) == r."""
+  for candidate in x + np.arange(64) / 256:
+    r = float(jax.jit(jnp.exp)(jnp.float64(candidate)))
+    if r == torch.exp(torch.tensor(candidate)).item() and 1 + (r - 1) == r == 1 - (1 - r):
+      return candidate, r
+  raise AssertionError("no tie found")
+
+
 @pytest.mark.parametrize("a", [1.5, -1.5, 0.0])
 @pytest.mark.parametrize("bound", ["low", "high", "dual", "clamp_low", "clamp_high"])
 def test_ties_follow_torch(a, bound):
   with jax.enable_x64(True):
-    # Ratios that hit the bound exactly: old is 0, so ratio = exp(logprob), and the bound is set
-    # to that very number (1 - (1 - r) and 1 + (r - 1) are exact for r = e^-0.5 ... near 1).
-    logprob = {"low": -0.25, "high": 0.25, "dual": 1.0, "clamp_low": -20.0, "clamp_high": 20.0}[
-      bound
-    ]
-    r = float(jnp.exp(jnp.float64(logprob)))
+    # old is 0, so ratio = exp(logprob), and the bound is set to that very number.
+    if bound.startswith("clamp"):
+      logprob, r = (-20.0, None) if bound == "clamp_low" else (20.0, None)
+    else:
+      logprob, r = tie_near({"low": -0.5, "high": 0.25, "dual": 1.0}[bound])
     low = 1 - r if bound == "low" else 0.2
     high = r - 1 if bound == "high" else 0.2
     dual = r if bound == "dual" else 1e12 if bound == "clamp_high" else 3.0
-    if bound in ("low", "high"):
-      assert 1 - low == r or 1 + high == r  # it is a tie
     x = np.array([logprob])
     args = (x, np.zeros(1), np.array([a]), np.ones(1, bool))
     loss, grad, _ = ours(*args, low=low, high=high, dual=dual)
@@ -103,7 +109,9 @@ def test_property_against_torch(data):
   shape = data.draw(st.sampled_from([(1, 1), (2, 5), (3, 2, 4)]))
   rng = np.random.default_rng(data.draw(st.integers(0, 9999)))
   scale = data.draw(st.sampled_from([0.0, 0.1, 1.0, 100.0]))  # up to ratios of e^300
-  low, high, dual = data.draw(st.sampled_from([(0.2, 0.2, 3.0), (0.2, 0.28, None), (1.0, 5.0, 1.5)]))
+  low, high, dual = data.draw(
+    st.sampled_from([(0.2, 0.2, 3.0), (0.2, 0.28, None), (1.0, 5.0, 1.5)])
+  )
   logprob, old = -rng.exponential(size=shape) * scale, -rng.exponential(size=shape) * scale
   a = rng.normal(size=shape) * (rng.random(shape) < 0.8)  # some exactly 0
   mask = rng.random(shape) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
@@ -175,9 +183,8 @@ def test_notebook_form_packed_equals_padded():
   index = np.pad(index, ((0, 0), (1, 2)), constant_values=-1)
   with jax.enable_x64(True):
     for mode in algorithms.MODES:
-      f = jax.jit(
-        algorithms.policy_loss("ppo", aggregation=mode, max_length=7), static_argnames="num_sequences"
-      )
+      f = algorithms.policy_loss("ppo", aggregation=mode, max_length=7)
+      f = jax.jit(f, static_argnames="num_sequences")
       a, out_a = f(**padded, mask=mask)
       b, out_b = f(**packed, mask=index >= 0, sequence_index=index, num_sequences=4)
       np.testing.assert_allclose(a, b, rtol=1e-12)

@@ -182,7 +182,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _load_leaf(files: _Files, spec: ParamSpec, dtype: Any, sharding: Any) -> jax.Array:
-  def read(index: tuple[slice, ...]) -> np.ndarray:
+  def read(index: tuple[slice, ...] | None) -> np.ndarray:
+    index = (slice(None),) * len(spec.shape) if index is None else index
     if not spec.stacked:
       return _read_tensor(files, spec, spec.hf_name, index, dtype)
     layers = range(spec.shape[0])[index[0]]
@@ -192,7 +193,7 @@ def _load_leaf(files: _Files, spec: ParamSpec, dtype: Any, sharding: Any) -> jax
     return out
 
   if sharding is None:
-    return jnp.asarray(read((slice(None),) * len(spec.shape)))
+    return jnp.asarray(read(None))
   return jax.make_array_from_callback(spec.shape, sharding, read)
 
 

@@ -101,6 +101,7 @@ def init(key: jax.Array, config: ModelConfig, dtype: Any = jnp.float32) -> Param
       return jnp.ones(spec.shape, dtype)
     if spec.init == "zeros":
       return jnp.zeros(spec.shape, dtype)
+    assert not isinstance(spec.init, str), spec
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     own = jax.random.fold_in(key, zlib.crc32(name.encode()))
     return (spec.init * jax.random.normal(own, spec.shape, jnp.float32)).astype(dtype)

@@ -35,7 +35,7 @@ RULES: Rules = {
 
 
 def make_mesh(
-  data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+  data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
   """Returns a mesh (data, fsdp, tensor) over all `devices`; one size may be -1, "the rest".
 

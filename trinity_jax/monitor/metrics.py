@@ -70,6 +70,7 @@ _TEXT: dict[str, str] = {
     tool_failure_rate | fraction | tool calls that failed
     observation_token_share | fraction | tokens that the policy did not write, prompts excluded
     reward_latency* | s | wall time of one reward call
+    grader/{verdict} | count | verdicts of the math grader in this step, its failures included
     env/timeouts | count | environment calls that ran into their deadline
     env/retries | count | environment calls that were repeated
     event_loop_lag/p99 | s | delay of the explorer's event loop
