@@ -1,57 +1,186 @@
 """The launcher: python launch/main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Any key can be overridden: --config.trainer.total_steps=10. `--mode=check` validates a config and
-prints the plan (parameters, memory, steps) without running it.
+  --config=FILE.py[:ARG]  Python file with get_config() -> ConfigDict; see configs/
+  --config.a.b=VALUE      overrides one key; --mode=keys lists every key with its meaning
+  --workdir=DIR           the run's folder: made, or continued by the same command
+  --mode=both             samples and trains (the default)
+        check             validates, prints data, shapes and memory per device, runs nothing
+        keys              prints every config key: default, limits, meaning
+  --debug                 prints tracebacks of user errors too
+  --verbosity=N           what libraries log: -1 warnings (default), 0 information, 1 debugging
+  --help                  prints this
+
+Exit codes: 0 done, 1 a mistake in what was given (one line on stderr), 3 a run that had to stop.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import re
 import sys
 import traceback
+from collections.abc import Iterator
+from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Python file with get_config() -> ConfigDict; see configs/.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: made, or continued.")
-_MODE = flags.DEFINE_enum("mode", None, ["both", "train", "check"], "Overrides config.mode.")
-_DEBUG = flags.DEFINE_bool("debug", False, "Print tracebacks of user errors too.")
+from trinity_jax import config_schema
+from trinity_jax.config import resolve
+from trinity_jax.errors import RunFailed, UserError, root_cause, suggestion
+
+MODES = ("both", "check", "keys")
 
 
-def main(argv: list[str]) -> None:
-  from trinity_jax.config import resolve
-  from trinity_jax.errors import RunFailed, UserError
+def own_flags() -> flags.FlagValues:
+  """The flags that are not config keys; a fresh set, so that a process can parse twice."""
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", None, "Config file.", flag_values=values)
+  flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
+  flags.DEFINE_enum("mode", None, MODES, "What to do.", flag_values=values)
+  flags.DEFINE_bool("debug", False, "Print tracebacks of user errors.", flag_values=values)
+  flags.DEFINE_integer("verbosity", -1, "What libraries log.", flag_values=values)
+  flags.DEFINE_bool("help", False, "Print the usage.", short_name="h", flag_values=values)
+  values.set_gnu_getopt(True)  # flags after `--config.a.b value` are flags too
+  return values
 
+
+@contextlib.contextmanager
+def _flag_errors(known: list[str]) -> Iterator[None]:
+  """absl's errors as ours: the flag, its value, what it should be."""
   try:
-    if len(argv) > 1:
-      raise UserError(f"unexpected argument {argv[1]!r}; keys are set as --config.a.b=value")
-    if _CONFIG.value is None:
-      raise UserError("--config is missing: name a Python file such as configs/quickstart.py")
-    values = _CONFIG.value
-    if _MODE.value:
-      values.mode = _MODE.value
-    config = resolve(values)
-    if config.mode == "check":
-      from trinity_jax.check import check
+    yield
+  except flags.UnrecognizedFlagError as e:
+    hint = suggestion(e.flagname, known)
+    raise UserError(f"unknown flag --{e.flagname}{hint} (config keys: --config.a.b=value)") from e
+  except flags.IllegalFlagValueError as e:
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(e), re.DOTALL)
+    if found and (expected := config_schema.describe(found[1])):
+      raise UserError(f"config.{found[1]} = {found[2]!r}: expected {expected}") from e
+    raise UserError(str(e)) from e
+  except flags.Error as e:
+    raise UserError(str(e)) from e
 
-      print(check(config))
-      return
-    if not _WORKDIR.value:
-      raise UserError("--workdir is missing: name the folder the run writes to")
-    from trinity_jax.run import run
 
-    run(config, _WORKDIR.value)
-  except UserError as e:
-    if _DEBUG.value:
+def load_config(reference: str) -> ConfigDict:
+  """What get_config() of "FILE.py" or "FILE.py:ARG" returns.
+
+  Raises:
+    UserError: no such file, an error inside it, or something that is no ConfigDict.
+  """
+  name, *args = reference.split(":", 1)
+  path = Path(name)
+  if not path.is_file():
+    problem = "is a folder" if path.is_dir() else "does not exist"
+    raise UserError(f"--config={name}: {problem} (looked in {Path.cwd()}); see configs/")
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  if spec is None or spec.loader is None:
+    raise UserError(f"--config={name}: not a Python file; name one such as configs/quickstart.py")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise UserError(f"--config={name}: defines no get_config(); see configs/quickstart.py")
+    values = module.get_config(*args)
+  except UserError:
+    raise
+  except Exception as e:  # whatever a user's file does
+    lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+    line = getattr(e, "lineno", None) if isinstance(e, SyntaxError) else (lines or [None])[-1]
+    where = f"{name}:{line}" if line else name
+    # ml_collections lists all keys of the group between the problem and its suggestion.
+    what = re.sub(r' Other fields present: "\{.*\}"', "", str(e), flags=re.DOTALL)
+    raise UserError(f"config file {where}: {type(e).__name__}: {what}") from e
+  if not isinstance(values, ConfigDict):
+    raise UserError(
+      f"--config={name}: get_config() returned {type(values).__name__}; start from "
+      "trinity_jax.config.base_config() and return it"
+    )
+  return values
+
+
+def parse(argv: list[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
+  """Returns our flags, and the config with its overrides (None without --config).
+
+  Raises:
+    UserError: an unknown flag or key, a value of the wrong type, a config file that fails.
+  """
+  own = own_flags()
+  with _flag_errors(list(own)):
+    rest = own(argv, known_only=True)
+  names = [m[1] for a in rest[1:] if (m := re.match(r"--?(?:no)?config\.([^=\s]*)", a))]
+  values = load_config(own["config"].value) if own["config"].value else None
+  if names and values is None and not own["help"].value:
+    raise UserError(f"--config.{names[0]} without --config: name the config file it overrides")
+  if values is not None:
+    for name in names:
+      config_schema.check_key(name)
+    keys = flags.FlagValues()
+    keys.set_gnu_getopt(True)
+    with _flag_errors(list(own)):
+      # New attributes are for arguments such as policy_loss_args.clip_high; check_key has refused
+      # every other new name.
+      config_flags.DEFINE_config_dict(
+        "config", values, flag_values=keys, sys_argv=rest, lock_config=False,
+        accept_new_attributes=True,
+      )  # fmt: skip
+      rest = keys(rest)
+    values = keys["config"].value
+  for arg in rest[1:]:
+    if arg.startswith("-") and arg != "-":
+      name = arg.lstrip("-").split("=")[0]
+      raise UserError(f"unknown flag --{name}{suggestion(name, own)}")
+    raise UserError(f"unexpected argument {arg!r}; keys are set as --config.a.b=value")
+  return own, values
+
+
+def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
+  """Does what the flags ask for. Heavy packages are imported here, not before."""
+  mode = own["mode"].value
+  if own["help"].value:
+    print(__doc__)
+    return
+  if mode == "keys":
+    print(config_schema.render_keys())
+    return
+  if values is None:
+    raise UserError("--config is missing: name a Python file such as configs/quickstart.py")
+  if mode:
+    values.mode = mode
+  config = resolve(values)
+  if config.mode == "check":
+    from trinity_jax.check import check
+
+    print(check(config))
+    return
+  if not own["workdir"].value:
+    raise UserError("--workdir is missing: name the folder the run writes to")
+  from trinity_jax.run import run
+
+  run(config, own["workdir"].value)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the launcher; returns the exit code."""
+  debug = any(a in ("--debug", "-debug", "--debug=true") for a in argv)
+  try:
+    own, values = parse(argv)
+    logging.set_verbosity(own["verbosity"].value)
+    launch(own, values)
+  except Exception as error:
+    cause = root_cause(error)
+    if isinstance(cause, RunFailed):
       traceback.print_exc()
-    sys.exit(f"error: {e}")
-  except RunFailed:
-    traceback.print_exc()
-    sys.exit(3)
+      return 3
+    if not isinstance(cause, UserError):
+      raise
+    if debug:
+      traceback.print_exc()
+    print("error:", " ".join(str(cause).split()), file=sys.stderr)
+    return 1
+  return 0
 
 
 if __name__ == "__main__":
-  logging.set_verbosity(logging.WARNING)  # libraries; --verbosity=0 shows what they say
-  app.run(main)
+  sys.exit(main(sys.argv))

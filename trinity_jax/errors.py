@@ -26,3 +26,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
   known = sorted(known)
   near = difflib.get_close_matches(name, known, n=1)
   return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def root_cause(error: BaseException) -> BaseException:
+  """Returns what an exception group is about: its only kind of content, however deep, or itself."""
+  while isinstance(error, BaseExceptionGroup) and len({type(e) for e in error.exceptions}) == 1:
+    error = error.exceptions[0]
+  return error

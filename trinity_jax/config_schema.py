@@ -1,0 +1,314 @@
+"""Every configuration key once: name, type, default, meaning, limits. Nothing here imports jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+import typing
+from typing import Any
+
+from trinity_jax.errors import UserError, suggestion
+
+
+def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None, each=None):
+  """A config key.
+
+  Args:
+    default: its value unless set; gives the type.
+    doc: its meaning in one sentence.
+    low, high: inclusive limits. above: exclusive lower limit. choices: allowed values.
+    each: type of a tuple's items; ints must be positive.
+  """
+  meta = dict(doc=doc, low=low, high=high, choices=choices, above=above, each=each)
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=lambda: dict(default), metadata=meta)
+  if dataclasses.is_dataclass(default):
+    return dataclasses.field(default_factory=lambda: default, metadata=meta)
+  return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  path: str = key(
+    "", "Hugging Face folder to start from; empty with `tiny` set makes a random one."
+  )
+  tiny: dict = key(
+    {}, "Arguments of write_tiny_checkpoint (hidden, layers, ...) for a new tiny model."
+  )
+  dtype: str = key("float32", "Dtype of activations.", choices=("float32", "bfloat16"))
+  param_dtype: str = key("float32", "Dtype of trained parameters.", choices=("float32", "bfloat16"))
+  rollout_dtype: str = key(
+    "", "Dtype of the sampler's copy; empty means `dtype`.", choices=("", "float32", "bfloat16")
+  )
+  remat: str = key("none", "What backward recomputes.", choices=("none", "dots", "full"))
+  unroll: int = key(
+    0, "Layers per scan iteration; 0 means all (fastest), 1 compiles fastest.", low=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  data: int = key(-1, "Devices over which rows are split; -1 means all that remain.", low=-1)
+  fsdp: int = key(1, "Devices over which rows and parameters are split.", low=-1)
+  tensor: int = key(1, "Devices over which heads, mlp and vocabulary are split.", low=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksetConfig:
+  name: str = key("train", "Name in metrics and logs.")
+  path: str = key("", "JSONL file, one task a row.")
+  generate: str = key("", "Instead of `path`: 'module:function' that returns rows.")
+  generate_args: dict = key({}, "Keyword arguments of `generate`.")
+  prompt_key: str = key("prompt", "Field that holds the prompt text.")
+  messages_key: str = key("", "Field that holds chat messages; wins over prompt_key.")
+  response_key: str = key("response", "Field that holds a demonstration (supervised training).")
+  truth_key: str = key("answer", "Field that the reward function compares with.")
+  system_prompt: str = key("", "System message put before every prompt.")
+  workflow: str = key("single_turn", "Workflow name or 'module:function'.")
+  reward: str = key("math", "Reward name, 'module:function', or several joined by '+'.")
+  reward_args: dict = key({}, "Keyword arguments of the reward (weights for several).")
+  selector: str = key("shuffle", "Order of tasks.", choices=("sequential", "shuffle"))
+  limit: int = key(0, "Use the first so many rows; 0 means all.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplorerConfig:
+  batch_size: int = key(8, "Tasks per explorer step.", low=1)
+  group_size: int = key(8, "Runs per task.", low=1)
+  run_timeout: float = key(1800.0, "Seconds one run may take before it is cancelled.", above=0)
+  max_retries: int = key(1, "How often a run that raised is tried again.", low=0)
+  reward_workers: int = key(2, "Processes that grade answers.", low=1)
+  deterministic: bool = key(
+    True,
+    "Admission to the sampler waits for every run that may still ask, "
+    "so that resumes are exact; False admits as requests come.",
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+  slots: int = key(64, "Sequences decoded at once.", low=1)
+  max_prompt_length: int = key(
+    1024, "Longest prompt in tokens; longer ones are refused by name.", low=1
+  )
+  max_response_length: int = key(1024, "Most tokens sampled per response.", low=1)
+  prompt_buckets: tuple = key(
+    (), "Prompt lengths programs are compiled for; empty means powers of two.", each=int
+  )
+  prefill_batches: tuple = key(
+    (1, 8), "Prompts per prefill that programs are compiled for.", each=int
+  )
+  cache_buckets: tuple = key(
+    (), "Live cache lengths decode is compiled for; empty means powers of two.", each=int
+  )
+  steps_per_dispatch: int = key(32, "Most decode steps per dispatch.", low=1)
+  refill_fraction: float = key(
+    0.125,
+    "A dispatch returns when this share of the slots is free and requests wait.",
+    low=0.0,
+    high=1.0,
+  )
+  temperature: float = key(1.0, "Temperature of training rollouts.", low=0.0)
+  top_p: float = key(
+    1.0, "Nucleus of training rollouts; below 1 needs a correction.", above=0.0, high=1.0
+  )
+  top_k: int = key(0, "Candidates of training rollouts; 0 means all.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+  name: str = key("grpo", "Row of the algorithm table, or 'module:function'.")
+  advantage: str = key("", "Advantage; empty means the table's.")
+  advantage_args: dict = key({}, "Keyword arguments of the advantage.")
+  policy_loss: str = key("", "Policy loss; empty means the table's.")
+  policy_loss_args: dict = key(
+    {}, "Keyword arguments of the policy loss (clip_low, clip_high, ...)."
+  )
+  kl: str = key("", "KL estimator against the reference; empty means the table's.")
+  kl_coef: float = key(-1.0, "Weight of the KL term; -1 means the table's.", low=-1.0)
+  entropy_coef: float = key(-1.0, "Weight of the entropy bonus; -1 means the table's.", low=-1.0)
+  aggregation: str = key(
+    "",
+    "How token losses are averaged; empty means the table's.",
+    choices=(
+      "",
+      "token-mean",
+      "seq-mean-token-sum",
+      "seq-mean-token-mean",
+      "seq-mean-token-sum-norm",
+      "token-sum",
+    ),
+  )
+  shuffle_rewards: bool = key(False, "Control experiment: permute rewards within each step.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  learning_rate: float = key(1e-6, "Peak learning rate.", above=0.0)
+  schedule: str = key("constant", "Shape after warm-up.", choices=("constant", "cosine", "linear"))
+  warmup_steps: int = key(0, "Steps of linear warm-up.", low=0)
+  min_ratio: float = key(
+    0.0, "Final learning rate over the peak (cosine, linear).", low=0.0, high=1.0
+  )
+  beta1: float = key(0.9, "Adam's first decay.", low=0.0, high=1.0)
+  beta2: float = key(0.999, "Adam's second decay.", low=0.0, high=1.0)
+  eps: float = key(1e-8, "Adam's epsilon.", above=0.0)
+  weight_decay: float = key(
+    0.0, "Decoupled weight decay of matrices (not norms and biases).", low=0.0
+  )
+  clip_norm: float = key(1.0, "Global gradient norm limit.", above=0.0)
+  name: str = key("adamw", "Optimizer.", choices=("adamw", "sgd"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+  total_steps: int = key(100, "Optimizer steps of the run or stage.", low=1)
+  batch_size: int = key(
+    0, "Experiences per step; 0 means tasks x runs of one explorer step.", low=0
+  )
+  row_lengths: tuple = key(
+    (), "Row lengths steps are compiled for; empty means the longest possible.", each=int
+  )
+  rows_per_micro: int = key(8, "Rows per micro-batch (over all devices).", low=1)
+  save_interval: int = key(50, "Steps between checkpoints.", low=1)
+  keep: int = key(2, "Checkpoints kept (the best by held-out accuracy besides).", low=1)
+  save_hf: str = key(
+    "last", "When to write a Hugging Face folder.", choices=("last", "always", "never")
+  )
+  max_nonfinite: int = key(
+    3, "Steps in a row with a non-finite gradient before the run stops.", low=1
+  )
+  logprob_limit: float = key(
+    0.0, "Stop when sampler and trainer log-probs differ by more; 0 never.", low=0.0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncConfig:
+  interval: int = key(1, "Trainer steps between weight publications.", low=1)
+  offset: int = key(0, "Steps the explorer runs ahead of the trainer.", low=0)
+  timeout: float = key(
+    3600.0, "Seconds to wait for a version or a batch before the run fails.", above=0
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class BufferConfig:
+  capacity: int = key(
+    0,
+    "Most experiences held; a full buffer holds the explorer back. 0 means "
+    "(sync.offset + sync.interval + 1) steps.",
+    low=0,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  tasksets: tuple = key(
+    (), "Tasksets (dicts of `taskset` keys) evaluated on held-out tasks.", each=dict
+  )
+  interval: int = key(0, "Steps between evaluations; 0 means only at the end.", low=0)
+  on_start: bool = key(True, "Evaluate before the first step.")
+  temperature: float = key(0.0, "0 is greedy.", low=0.0)
+  runs: int = key(1, "Runs per held-out task.", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+  tensorboard: bool = key(True, "Write TensorBoard events.")
+  wandb: str = key("", "W&B project; empty means off (extra [wandb]).")
+  mlflow: str = key("", "MLflow tracking URI; empty means off (extra [mlflow]).")
+  progress: str = key("auto", "Live view.", choices=("auto", "live", "plain", "none"))
+  samples: int = key(2, "Rollouts shown per step.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  name: str = key("run", "Name of the run.")
+  mode: str = key("both", "What this process does; check runs nothing.", choices=("both", "check"))
+  seed: int = key(0, "Seed of everything random.", low=0)
+  model: ModelConfig = key(ModelConfig(), "The policy.")
+  mesh: MeshConfig = key(MeshConfig(), "Devices.")
+  taskset: TasksetConfig = key(TasksetConfig(), "Training tasks.")
+  explorer: ExplorerConfig = key(ExplorerConfig(), "Rollouts.")
+  sampler: SamplerConfig = key(SamplerConfig(), "Token generation.")
+  algorithm: AlgorithmConfig = key(AlgorithmConfig(), "Objective.")
+  optimizer: OptimizerConfig = key(OptimizerConfig(), "Optimizer.")
+  trainer: TrainerConfig = key(TrainerConfig(), "Optimizer steps and checkpoints.")
+  sync: SyncConfig = key(SyncConfig(), "Who waits for whom.")
+  buffer: BufferConfig = key(BufferConfig(), "Replay buffer.")
+  eval: EvalConfig = key(EvalConfig(), "Held-out evaluation.")
+  monitor: MonitorConfig = key(MonitorConfig(), "Metrics and progress.")
+  stages: tuple = key(
+    (),
+    "Stages run one after the other: dicts with 'name' and keys to override "
+    "('trainer.total_steps' or nested); each starts from the previous one's model.",
+    each=dict,
+  )
+
+
+# --- keys by their dotted names ------------------------------------------------------------------
+
+
+def walk(cls=Config, prefix: str = ""):
+  """Yields (dotted path, metadata, default) of every leaf key."""
+  for f in dataclasses.fields(cls):
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    if dataclasses.is_dataclass(default):
+      yield from walk(type(default), f"{prefix}{f.name}.")
+    else:
+      yield f"{prefix}{f.name}", f.metadata, default
+
+
+def defaults(cls=Config) -> dict[str, Any]:
+  """Nested dict of every key's default."""
+  out = {}
+  for f in dataclasses.fields(cls):
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    out[f.name] = defaults(type(default)) if dataclasses.is_dataclass(default) else default
+  return out
+
+
+_LIMITS = {"low": ">=", "above": ">", "high": "<="}
+
+
+def check_key(path: str) -> None:
+  """Raises UserError, with a suggestion, when no config key has this dotted name."""
+  cls: Any = Config
+  done = ""
+  for part in path.split("."):
+    hints = typing.get_type_hints(cls)
+    if part not in hints:
+      raise UserError(f"config.{done}{part}: unknown key{suggestion(part, hints)}")
+    done, cls = f"{done}{part}.", hints[part]
+    if cls is dict:  # arguments: whoever takes them checks their names
+      return
+    if not dataclasses.is_dataclass(cls) and f"{path}." != done:
+      raise UserError(f"config.{path}: unknown key; config.{done[:-1]} is one value")
+
+
+def describe(path: str) -> str:
+  """What a key takes and means, in one line; "" for a name that is no key."""
+  for name, meta, default in walk():
+    if name == path:
+      return f"{_kind(default, meta)}; {meta['doc']}"
+    if name.startswith(f"{path}."):
+      return f"a group of keys; set them one by one, as --config.{name}=..."
+  return ""
+
+
+def _kind(default: Any, meta) -> str:
+  limits = [f"{sign} {meta[k]}" for k, sign in _LIMITS.items() if meta[k] is not None]
+  if meta["choices"]:
+    return "one of " + ", ".join(map(repr, meta["choices"]))
+  of = f" of {meta['each'].__name__}" if meta["each"] else ""
+  return " ".join([type(default).__name__ + of, *([" and ".join(limits)] if limits else [])])
+
+
+def render_keys() -> str:
+  """Every key, its default, what it takes and what it means, as text of 100 columns."""
+  out = []
+  for path, meta, default in walk():
+    out.append(f"config.{path} = {default!r}  ({_kind(default, meta)})")
+    out += textwrap.wrap(meta["doc"], 96, initial_indent="    ", subsequent_indent="    ")
+  return "\n".join(out)
