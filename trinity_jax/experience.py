@@ -142,7 +142,8 @@ class Experience:
     for name, dtype in _ARRAYS.items():
       value = getattr(self, name)
       if value is not None:
-        value = np.asarray(value, dtype)
+        # Contiguous: safetensors writes the memory behind a strided view, not its elements.
+        value = np.ascontiguousarray(value, dtype)
         if value.shape != (len(self.tokens),):
           raise UserError(
             f"experience {self.id}: {name} has shape {value.shape}, expected ({len(self.tokens)},) "
@@ -167,7 +168,8 @@ class Experience:
     from safetensors.numpy import save
 
     arrays = {k: getattr(self, k) for k in _ARRAYS if getattr(self, k) is not None}
-    arrays |= {f"extras.{k}": np.asarray(v) for k, v in self.extras.items()}
+    # Not ascontiguousarray: it would turn scalars into vectors.
+    arrays |= {f"extras.{k}": np.array(v, order="C") for k, v in self.extras.items()}
     header = {
       "id": list(self.id),
       "reward": self.reward,
@@ -178,7 +180,8 @@ class Experience:
       "metrics": self.metrics,
       "info": self.info,
     }
-    return save(arrays, metadata={"experience": json.dumps(header), "format": "1"})
+    text = json.dumps(header, default=float)  # numpy's scalars are numbers too
+    return save(arrays, metadata={"experience": text, "format": "1"})
 
   @classmethod
   def from_bytes(cls, data: bytes) -> Experience:
@@ -190,17 +193,20 @@ class Experience:
       size = int.from_bytes(data[:8], "little")
       header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["experience"])
       arrays = load(data)
-    except (SafetensorError, ValueError, KeyError) as e:
+      for name, dtype in _ARRAYS.items():
+        if name in arrays and arrays[name].dtype != dtype:
+          raise ValueError(f"{name} is {arrays[name].dtype}, expected {np.dtype(dtype)}")
+      return cls(
+        **{k: arrays.get(k) for k in _ARRAYS},
+        id=ExperienceId(*header.pop("id")),
+        source=Source(header.pop("source")),
+        stop_reason=StopReason(header.pop("stop_reason")),
+        extras={k[len("extras.") :]: v for k, v in arrays.items() if k.startswith("extras.")},
+        **header,
+      )
+    # Whatever is wrong with a header shows as one of these.
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
       raise UserError(f"experience record of {len(data)} bytes is damaged: {e}") from e
-    extras = {k.removeprefix("extras."): v for k, v in arrays.items() if k.startswith("extras.")}
-    return cls(
-      **{k: arrays.get(k) for k in _ARRAYS},
-      id=ExperienceId(*header.pop("id")),
-      source=Source(header.pop("source")),
-      stop_reason=StopReason(header.pop("stop_reason")),
-      extras=extras,
-      **header,
-    )
 
 
 @jax.tree_util.register_dataclass
