@@ -21,12 +21,14 @@ class TrainState:
     opt_state: optax state, sharded like params.
     step: i32[], optimizer steps taken (skipped ones count: a step is a batch consumed).
     nonfinite: i32[], steps in a row whose loss or gradient was not finite.
+    skipped: i32[], such steps so far; step - skipped updates have been applied.
   """
 
   params: Any
   opt_state: Any
   step: jax.Array
   nonfinite: jax.Array
+  skipped: jax.Array
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -35,7 +37,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh)
 
   def build(params):
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), zero, zero)
+    return TrainState(params, optimizer.init(params), zero, zero, zero)
 
   out = state_shardings(jax.eval_shape(build, params), shardings, optimizer, mesh)
   return jax.jit(build, out_shardings=out)(params)
@@ -53,4 +55,4 @@ def state_shardings(
     shardings,
     transform_non_params=lambda _: replicated,
   )
-  return TrainState(shardings, opt, replicated, replicated)
+  return TrainState(shardings, opt, replicated, replicated, replicated)

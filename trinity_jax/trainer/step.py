@@ -104,8 +104,13 @@ def score(params, policy: Policy, batch: Batch) -> jax.Array:
   return lax.fori_loop(0, batch.num_micro, body, jnp.zeros(batch.tokens.shape, jnp.float32))
 
 
-def prepare(algorithm: Algorithm, batch: Batch, num_groups: int):
+def prepare(algorithm: Algorithm, batch: Batch, *, num_groups: int, max_response: int):
   """What needs the whole step: advantages, token weights (global denominators), metrics.
+
+  Args:
+    num_groups: static, most groups of a step.
+    max_response: the constant length of the aggregation seq-mean-token-sum-norm. Not the row
+      length: that is chosen step by step, and no choice of shapes may change a loss.
 
   Returns:
     (batch with advantages, weights f32[M, B, T], stats)
@@ -114,7 +119,16 @@ def prepare(algorithm: Algorithm, batch: Batch, num_groups: int):
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     batch = Batch(**algorithm.prepare(arrays))
   advantages, out = algorithm.advantage(
-    rewards=batch.rewards, group_ids=batch.group, valid=batch.valid, num_groups=num_groups
+    rewards=batch.rewards,
+    group_ids=batch.group,
+    valid=batch.valid,
+    num_groups=num_groups,
+    mask=batch.action_mask,
+    old_logprob=batch.logprobs,
+    ref_logprob=batch.ref_logprobs,
+    sequence_index=batch.sequence_index,
+    num_sequences=batch.rewards.shape[0],
+    **batch.extras,
   )
   advantages = to_tokens(advantages, batch.action_mask, batch.sequence_index)
   batch = dataclasses.replace(batch, advantages=advantages)
@@ -123,7 +137,8 @@ def prepare(algorithm: Algorithm, batch: Batch, num_groups: int):
     batch.sequence_index,
     batch.rewards.shape[0],
     algorithm.aggregation,
-    batch.tokens.shape[-1],
+    max_response,
+    valid=batch.valid,
   )
   return batch, weights, {**out, **advantage_stats(advantages, batch.action_mask)}
 
@@ -187,8 +202,9 @@ def train_step(
   algorithm: Algorithm,
   optimizer: optax.GradientTransformation,
   num_groups: int,
+  max_response: int,
 ) -> tuple[TrainState, dict[str, Any]]:
-  """One optimizer step.
+  """One optimizer step; the keywords are static, see `prepare`.
 
   A non-finite loss or gradient leaves params and optimizer as they were and is counted.
 
@@ -196,11 +212,13 @@ def train_step(
     (new state, {"metrics": dict of f32 scalars, "logprobs": f32[M, B, T] under the old params,
     "advantages": f32[M, B, T]})
   """
-  batch, weights, before = prepare(algorithm, batch, num_groups)
+  batch, weights, before = prepare(
+    algorithm, batch, num_groups=num_groups, max_response=max_response
+  )
   loss, grads, during, logprobs = loss_and_grads(
     state.params, policy, algorithm, batch, weights, state.step
   )
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -211,12 +229,14 @@ def train_step(
     opt_state=jax.tree.map(keep, opt_state, state.opt_state),
     step=state.step + 1,
     nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
+    skipped=state.skipped + ~finite,
   )
   metrics = {
     **stats.finish({**before, **during}),
     "grad_norm": grad_norm,
-    "update_norm": jnp.where(finite, optax.global_norm(updates), 0.0),
+    "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
     "nonfinite_steps": new_state.nonfinite.astype(jnp.float32),
+    "loss/nan_count": new_state.skipped.astype(jnp.float32),
   }
   return new_state, {"metrics": metrics, "logprobs": logprobs, "advantages": batch.advantages}
 
@@ -229,7 +249,7 @@ def compile_step(
   Args:
     shardings: TrainState of NamedSharding.
     batch: any batch of the shape meant (its tree gives the shardings).
-    **static: policy, algorithm, optimizer, num_groups.
+    **static: the keywords of `train_step`.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
   rows = NamedSharding(mesh, ROWS)

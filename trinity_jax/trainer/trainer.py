@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ class Trainer:
     for length in self.spec.row_lengths:
       batch = pack([], dataclasses.replace(self.spec, row_lengths=(length,)))
       self._programs(batch)
+    if self._lagging:
+      self._as_trained  # noqa: B018  compiled on first use
 
   def _programs(self, batch: Batch):
     """(train step, score) for the batch's row length; compiled on first use."""
@@ -95,6 +98,7 @@ class Trainer:
         algorithm=self.algorithm,
         optimizer=self._optimizer,
         num_groups=self._num_groups,
+        max_response=self.config.sampler.max_response_length,
       )
       self._steps[length] = compiled.lower(state, shapes).compile()
       scoring = jax.jit(
@@ -107,9 +111,29 @@ class Trainer:
     return self._steps[length], self._scores.get(length)
 
   @property
+  def _lagging(self) -> bool:
+    """Whether a batch may hold tokens of older versions."""
+    sync = self.config.sync
+    return sync.interval + sync.offset > 1 and not self.algorithm.supervised
+
+  @property
   def _needs_score(self) -> bool:
-    lagging = self.config.sync.interval + self.config.sync.offset > 1
-    return self._reference is not None or (lagging and not self.algorithm.supervised)
+    return self._reference is not None or self._lagging
+
+  @functools.cached_property
+  def _as_trained(self):
+    """Published parameters (rollout dtype) -> the dtypes and shardings `score` is compiled for."""
+    model = self.config.model
+    published = jnp.dtype(model.rollout_dtype or model.dtype)
+    dtypes = jax.tree.map(lambda x: x.dtype, self.state.params)
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, published, sharding=x.sharding), self.state.params
+    )
+    cast = jax.jit(
+      lambda params: jax.tree.map(jnp.astype, params, dtypes),
+      out_shardings=self._shardings.params,
+    )
+    return cast.lower(shapes).compile()
 
   def step(self, experiences: Sequence[Experience]) -> dict[str, float]:
     """Trains on one step's experiences.
@@ -130,7 +154,7 @@ class Trainer:
       batch = dataclasses.replace(batch, ref_logprobs=self._launch(score, self._reference, batch))
     older = self._older_logprobs(packed, batch, score)
     version = self.step_number
-    rate = float(self._rate(version))
+    rate = float(self._rate(version - int(self.state.skipped)))  # optax counts updates
     self.state, out = self._launch(program, self.state, batch)
     # One transfer: the small outputs of the step.
     values, logprobs, advantages = jax.device_get(
@@ -155,7 +179,7 @@ class Trainer:
     for version in versions[versions != self.step_number]:
       params = self._published(int(version))
       if params is not None and score is not None:
-        params = jax.device_put(params, self._shardings.params)
+        params = self._launch(self._as_trained, params)
         out[int(version)] = np.asarray(self._launch(score, params, batch))
     return out
 
