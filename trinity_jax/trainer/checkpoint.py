@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from trinity_jax.errors import UserError
+from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.trainer.state import TrainState
 
 
@@ -25,11 +26,26 @@ def terms_of_exactness(mesh: jax.sharding.Mesh) -> dict[str, Any]:
   libraries = ("jax", "jaxlib", "optax", "numpy")
   return {
     "machine": platform.machine(),
+    "processor": _processor(),
     "device": jax.devices()[0].device_kind,
-    "cores": os.cpu_count(),
+    "cores": _cores(),
     "mesh": dict(mesh.shape),
     "libraries": {name: importlib.metadata.version(name) for name in libraries},
   }
+
+
+def _processor() -> str:
+  """The CPU's model where the system tells (Linux): XLA compiles for its instruction set."""
+  info = Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else []
+  names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+  return next(names, platform.processor())
+
+
+def _cores() -> int:
+  """Cores this process may run on, which is what XLA's thread pools are made for."""
+  allowed = getattr(os, "sched_getaffinity", None)
+  return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def changed_terms(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -47,10 +63,15 @@ class Checkpointer:
     self._keep = keep
     self._directory = Path(directory).absolute()
     self._best_file = self._directory / "best.json"
+    # Evaluation runs beside the trainer: a score may come before its checkpoint does, and must
+    # not wait for one that is being written.
+    self._lock = threading.Lock()
+    self._scores: dict[int, float] = {}
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False),
     )
+    self._saved: set[int] = set(self._manager.all_steps())
 
   def latest_step(self) -> int | None:
     """The newest complete checkpoint's step, or None."""
@@ -59,26 +80,44 @@ class Checkpointer:
   def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Writes step `step`, then deletes what is neither among the newest `keep` nor the best."""
     args = self._ocp.args
-    self._manager.save(
+    saved = self._manager.save(
       step, args=args.Composite(state=args.StandardSave(state), meta=args.JsonSave(meta))
     )
+    if not saved:
+      raise RunFailed(
+        f"{self._directory} did not take a checkpoint of step {step}: its newest is of step "
+        f"{self._manager.latest_step()}"
+      )
     self._manager.wait_until_finished()
-    best = self.best().get("step")
-    steps = sorted(self._manager.all_steps())
-    for old in steps[: -self._keep]:
-      if old != best:
-        self._manager.delete(old)
+    with self._lock:
+      self._saved.add(step)
+      self._choose_best()
+      best = self.best().get("step")
+      old = {s for s in sorted(self._saved)[: -self._keep] if s != best}
+      self._saved -= old
+    for s in sorted(old):
+      self._manager.delete(s)
 
   def best(self) -> dict[str, Any]:
     """{"step", "score"} of the best checkpoint, or {}."""
     return json.loads(self._best_file.read_text()) if self._best_file.exists() else {}
 
   def offer_best(self, step: int, score: float) -> None:
-    """Remembers `step` as the best when its checkpoint exists and its score is higher."""
-    if step in self._manager.all_steps() and score > self.best().get("score", float("-inf")):
-      part = self._best_file.with_suffix(".part")
-      part.write_text(json.dumps({"step": step, "score": score}))
-      part.replace(self._best_file)
+    """Makes `step` the best if its score is the highest and its checkpoint is, or will be, there.
+
+    Thread-safe.
+    """
+    with self._lock:
+      self._scores[step] = score
+      self._choose_best()
+
+  def _choose_best(self) -> None:
+    step = max(self._saved & self._scores.keys(), key=lambda s: (self._scores[s], -s), default=None)
+    if step is None or self._scores[step] <= self.best().get("score", float("-inf")):
+      return
+    part = self._best_file.with_suffix(".part")
+    part.write_text(json.dumps({"step": step, "score": self._scores[step]}))
+    part.replace(self._best_file)
 
   def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Restores step `step` into the shapes, dtypes and shardings of `like`.
@@ -97,7 +136,8 @@ class Checkpointer:
 
   def _check_shapes(self, step: int, abstract: TrainState) -> None:
     """Orbax pads or cuts arrays of another shape without a word; we refuse them by name."""
-    saved = self._ocp.StandardCheckpointer().metadata(self._directory / str(step) / "state")
+    with self._ocp.StandardCheckpointer() as checkpointer:
+      saved = checkpointer.metadata(self._directory / str(step) / "state")
     tree = saved.item_metadata if hasattr(saved, "item_metadata") else saved
     tree = getattr(tree, "tree", tree)
     have = {_name(p): tuple(m.shape) for p, m in jax.tree_util.tree_leaves_with_path(tree)}
