@@ -89,9 +89,11 @@ def first_model(config: Config, workdir: Path) -> Path:
   from trinity_jax.models.hf import write_tiny_checkpoint
 
   path = workdir / "model"
-  if not (path / "config.json").exists():
+  if not path.exists():
+    part = path.with_name("model.part")  # a folder that is there is a complete one
     try:
-      write_tiny_checkpoint(path, **{"seed": config.seed, **config.model.tiny})
+      write_tiny_checkpoint(part, **{"seed": config.seed, **config.model.tiny})
+      part.rename(path)
     except TypeError as e:
       raise UserError(f"config.model.tiny = {config.model.tiny!r}: {e}") from e
   return path

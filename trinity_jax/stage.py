@@ -7,6 +7,7 @@ the stage with its own error; every wait has a deadline.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import json
@@ -24,9 +25,9 @@ from jax.sharding import Mesh
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.config import Config, taskset_config
+from trinity_jax.config import Config, TasksetConfig, taskset_config
 from trinity_jax.errors import RunFailed, UserError
-from trinity_jax.experience import Experience, ExperienceId
+from trinity_jax.experience import Experience, ExperienceId, Task
 from trinity_jax.explorer.explorer import Explorer, rollout_metrics
 from trinity_jax.explorer.rewards import grading_counts, make_reward
 from trinity_jax.launch_order import LaunchOrder
@@ -46,6 +47,7 @@ from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.schedule import Schedule
 from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.demonstrations import demonstration
+from trinity_jax.tasks.prompts import check_demonstrations, check_prompts
 from trinity_jax.tasks.taskset import load_taskset
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
 from trinity_jax.trainer.step import Policy
@@ -99,6 +101,10 @@ class Stage:
     )
     self.model = hf.load_config(model_path)
     check_lag(config, self.algorithm)
+    if self.algorithm.supervised:
+      check_demonstrations(self.taskset.tasks, self.tokenizer, config.sampler)
+    else:
+      self._check_prompts(config.taskset, self.taskset.tasks)
 
     layout = sharding.param_shardings(self.model, self.mesh)
     params, _ = hf.load(
@@ -132,6 +138,13 @@ class Stage:
       for row in read_jsonl(directory / FILE)
       if "eval/accuracy" in row
     }
+    for version, score in self._evaluated.items():
+      self.checkpoints.offer_best(version, score)  # a kill may have come in between
+
+  def _check_prompts(self, taskset: TasksetConfig, tasks: Sequence[Task]) -> None:
+    limit = self.config.sampler.max_prompt_length
+    if warning := check_prompts(taskset, tasks, self.tokenizer, limit):
+      self.progress.message(warning)
 
   @property
   def start(self) -> int:
@@ -278,6 +291,8 @@ class Stage:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     c = self.config
     held_out = [held_out_taskset(c, i) for i in range(len(c.eval.tasksets))]
+    for own, tasks, _ in held_out:
+      self._check_prompts(own, tasks)
     if self.algorithm.supervised and not held_out:
       yield Demonstrations(self)
       return
@@ -406,6 +421,8 @@ class Source:
 class Rollouts(Source):
   """Experiences sampled by the policy."""
 
+  _failed_steps = 0  # in a row
+
   def explore(self) -> Coroutine[Any, Any, None]:
     stage, explorer = self.stage, self.explorer
     assert explorer is not None
@@ -422,11 +439,18 @@ class Rollouts(Source):
     assert self.buffer is not None and self.explorer is not None
     n = self.stage.trainer.spec.sequences
     try:
-      return self.buffer.sample(n, self.stage.config.sync.timeout, self.explorer.describe)
+      found = self.buffer.sample(n, self.stage.config.sync.timeout, self.explorer.describe)
     except RunFailed:
       if self._error is not None:
         raise self._error from None  # its own traceback, not the news of it
       raise
+    self._failed_steps = 0 if any(e.num_actions for e in found) else self._failed_steps + 1
+    if self._failed_steps >= self.stage.config.explorer.max_failed_steps:
+      raise RunFailed(
+        f"every run failed in {self._failed_steps} steps in a row (explorer.max_failed_steps); of "
+        f"the last {len(found)}: {failures(found)}"
+      )
+    return found
 
   def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
     out = rollout_metrics(experiences, self.stage.config.explorer.group_size)
@@ -561,11 +585,19 @@ def check_lag(config: Config, algorithm: Algorithm) -> None:
 
 
 def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) -> list[Experience]:
-  """The control experiment: the step's rewards, dealt out at random."""
-  order = np.random.default_rng((seed, step)).permutation(len(experiences))
-  return [
-    dataclasses.replace(e, reward=experiences[j].reward) for e, j in zip(experiences, order)
-  ]
+  """The control experiment: the step's rewards, dealt out at random to its graded runs."""
+  out = list(experiences)
+  graded = [i for i, e in enumerate(out) if e.reward is not None]
+  for i, j in zip(graded, np.random.default_rng((seed, step)).permutation(graded)):
+    out[i] = dataclasses.replace(experiences[i], reward=experiences[j].reward)
+  return out
+
+
+def failures(experiences: Sequence[Experience]) -> str:
+  """Why runs failed: how many of each stop reason, and the first error's text."""
+  count = collections.Counter(e.stop_reason.name.lower() for e in experiences)
+  first = next((e.info["error"] for e in experiences if "error" in e.info), "no error was recorded")
+  return f"{', '.join(f'{n} {reason}' for reason, n in count.most_common())}; {first}"
 
 
 def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:
