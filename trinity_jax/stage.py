@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.config import Config, TasksetConfig, taskset_config
+from trinity_jax.config import Config, taskset_config
 from trinity_jax.errors import RunFailed, UserError
-from trinity_jax.experience import Experience, ExperienceId, Task
+from trinity_jax.experience import Experience, ExperienceId
 from trinity_jax.explorer.explorer import Explorer, rollout_metrics
 from trinity_jax.explorer.rewards import grading_counts, make_reward
 from trinity_jax.launch_order import LaunchOrder
@@ -47,7 +47,6 @@ from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.schedule import Schedule
 from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.demonstrations import demonstration
-from trinity_jax.tasks.prompts import check_demonstrations, check_prompts
 from trinity_jax.tasks.taskset import load_taskset
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
 from trinity_jax.trainer.step import Policy
@@ -101,10 +100,6 @@ class Stage:
     )
     self.model = hf.load_config(model_path)
     check_lag(config, self.algorithm)
-    if self.algorithm.supervised:
-      check_demonstrations(self.taskset.tasks, self.tokenizer, config.sampler)
-    else:
-      self._check_prompts(config.taskset, self.taskset.tasks)
 
     layout = sharding.param_shardings(self.model, self.mesh)
     params, _ = hf.load(
@@ -140,11 +135,6 @@ class Stage:
     }
     for version, score in self._evaluated.items():
       self.checkpoints.offer_best(version, score)  # a kill may have come in between
-
-  def _check_prompts(self, taskset: TasksetConfig, tasks: Sequence[Task]) -> None:
-    limit = self.config.sampler.max_prompt_length
-    if warning := check_prompts(taskset, tasks, self.tokenizer, limit):
-      self.progress.message(warning)
 
   @property
   def start(self) -> int:
@@ -291,8 +281,6 @@ class Stage:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     c = self.config
     held_out = [held_out_taskset(c, i) for i in range(len(c.eval.tasksets))]
-    for own, tasks, _ in held_out:
-      self._check_prompts(own, tasks)
     if self.algorithm.supervised and not held_out:
       yield Demonstrations(self)
       return

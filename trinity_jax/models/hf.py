@@ -40,7 +40,10 @@ def load_config(path: str | Path) -> ModelConfig:
   file = Path(path) / "config.json"
   if not file.is_file():
     raise UserError(f"{file}: no such file; expected an HF model folder")
-  return ModelConfig.from_hf(_read_json(file))
+  try:
+    return ModelConfig.from_hf(_read_json(file))
+  except UserError as error:
+    raise UserError(str(error).replace("config.json", str(file), 1)) from error
 
 
 def load(
@@ -306,10 +309,8 @@ def _write_json(file: Path, value: dict[str, Any]) -> None:
   file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tiny_checkpoint(
-  path: str | Path,
+def tiny_config(
   *,
-  seed: int = 0,
   vocab_size: int = 320,
   hidden: int = 128,
   layers: int = 2,
@@ -319,29 +320,54 @@ def write_tiny_checkpoint(
   intermediate: int = 384,
   max_positions: int = 1024,
   tie: bool = True,
-  dtype: Any = jnp.float32,
-) -> Path:
-  """Writes a complete HF folder: a random Qwen3 model and a byte-level tokenizer with a template.
+) -> ModelConfig:
+  """The Qwen3 config of a small model with the byte-level tokenizer.
 
   Raises:
-    UserError: `vocab_size` is not a multiple of 64 or too small for the tokenizer.
+    UserError: a size that is no positive int, query heads that kv heads do not divide, or a
+      `vocab_size` that is not a multiple of 64 or too small for the tokenizer.
   """
+  sizes = dict(
+    hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+    intermediate=intermediate, max_positions=max_positions, vocab_size=vocab_size,
+  )  # fmt: skip
+  for name, size in sizes.items():
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+      raise UserError(f"{name} = {size!r}, expected a positive int")
+  if heads % kv_heads:
+    raise UserError(f"heads = {heads}, expected a multiple of kv_heads = {kv_heads}")
   if vocab_size % 64 or vocab_size < tokenizer_lib.BYTE_VOCAB:
     least = 64 * math.ceil(tokenizer_lib.BYTE_VOCAB / 64)
     raise UserError(f"vocab_size = {vocab_size}, expected a multiple of 64 from {least} on")
   pad, end, begin = (tokenizer_lib.SPECIALS.index(name) for name in tokenizer_lib.SPECIALS[:3])
-  config = ModelConfig(
+  return ModelConfig(
     family="qwen3", vocab_size=vocab_size, hidden_size=hidden, num_layers=layers, num_heads=heads,
     num_kv_heads=kv_heads, head_dim=head_dim, intermediate_size=intermediate, qk_norm=True,
     tie_word_embeddings=tie, max_position_embeddings=max_positions, bos_token_id=begin,
     eos_token_ids=(end,), pad_token_id=pad,
   )  # fmt: skip
+
+
+def write_tiny_checkpoint(
+  path: str | Path, *, seed: int = 0, dtype: Any = jnp.float32, **sizes: Any
+) -> Path:
+  """Writes a complete HF folder: a random Qwen3 model and a byte-level tokenizer with a template.
+
+  Args:
+    sizes: of `tiny_config`.
+
+  Raises:
+    UserError: sizes that cannot be.
+  """
+  config = tiny_config(**sizes)
   path = Path(path)
   initialise: Callable[[jax.Array], Params] = jax.jit(
     lambda key: params_lib.init(key, config, dtype)
   )
   save(path, initialise(jax.random.key(seed)), config)
-  tokenizer_lib.write_byte_tokenizer(path, vocab_size=vocab_size, max_length=max_positions)
-  generation = {"bos_token_id": begin, "eos_token_id": [end], "pad_token_id": pad}
-  _write_json(path / "generation_config.json", generation)
+  tokenizer_lib.write_byte_tokenizer(
+    path, vocab_size=config.vocab_size, max_length=config.max_position_embeddings
+  )
+  ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
+  _write_json(path / "generation_config.json", {**ids, "pad_token_id": config.pad_token_id})
   return path

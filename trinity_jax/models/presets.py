@@ -174,7 +174,10 @@ def _from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   family = hf.get("model_type")
   if family not in FAMILIES:
     hint = suggestion(str(family), FAMILIES)
-    raise UserError(f"config.json: model_type = {family!r} is not supported{hint}")
+    raise UserError(
+      f"config.json: model_type = {family!r} is not supported{hint} (supported: "
+      f"{', '.join(FAMILIES)})"
+    )
   _refuse_unsupported(hf, family)
   num_heads = _integer(hf, "num_attention_heads")
   hidden_size = _integer(hf, "hidden_size")
