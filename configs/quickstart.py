@@ -31,7 +31,7 @@ def get_config():
     {
       "name": "sft",
       "algorithm.name": "sft",
-      "taskset.generate_args": dict(split="sft", wrong_fraction=0.65),
+      "taskset.generate_args": dict(split="sft", wrong_fraction=0.65, rows=100_000),
       "trainer": dict(total_steps=300, batch_size=256, rows_per_micro=256, save_interval=100),
       "optimizer": dict(learning_rate=1e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1),
       "eval.interval": 50,
@@ -41,7 +41,7 @@ def get_config():
       "algorithm": dict(name="grpo", kl_coef=0.0),
       "taskset.generate_args": dict(split="rl"),
       "explorer": dict(batch_size=64, group_size=8),
-      "trainer": dict(total_steps=40, rows_per_micro=128, save_interval=10),
+      "trainer": dict(total_steps=60, rows_per_micro=128, save_interval=10),
       "optimizer": dict(learning_rate=3e-4, warmup_steps=2),
       "eval.interval": 5,
     },
