@@ -203,6 +203,12 @@ def test_two_stages_of_one_name():
   assert "config.stages[1].name = 'a'" in message(minimal(stages=({"name": "a"}, {"name": "a"})))
 
 
+def test_a_stage_whose_model_the_next_one_needs():
+  c = minimal(stages=({"name": "a", "trainer.save_hf": "never"}, {"name": "b"}))
+  assert "stage 'a': config.trainer.save_hf = 'never', but the next stage starts" in message(c)
+  assert resolve(minimal(stages=({"name": "a", "trainer.save_hf": "never"},))).stages
+
+
 def test_keys_are_listed_with_default_limits_and_meaning():
   text = config_schema.render_keys()
   for path, meta, default in config_schema.walk():

@@ -1,108 +1,177 @@
-"""--mode=check: validates a config and shows the plan without running it."""
+"""Before a run: everything that can be found wrong without running, and --mode=check's plan."""
 
 from __future__ import annotations
 
 import math
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from trinity_jax.config import Config, stage_configs
+import jax
+from jax.sharding import Mesh
+
+from trinity_jax import stage as parts
+from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax.algorithms.algorithm import make as make_algorithm
+from trinity_jax.config import Config, TasksetConfig, stage_configs
 from trinity_jax.errors import UserError
+from trinity_jax.experience import Task
+from trinity_jax.explorer.rewards import make_reward
+from trinity_jax.explorer.workflow import find_workflow
+from trinity_jax.memory import memory_per_device
+from trinity_jax.models import hf, params, sharding
+from trinity_jax.models.presets import ModelConfig
+from trinity_jax.models.tokenizer import Tokenizer, write_byte_tokenizer
+from trinity_jax.sampler.programs import Programs
+from trinity_jax.tasks.prompts import check_demonstrations, check_prompts
+from trinity_jax.tasks.taskset import Taskset, load_taskset
+from trinity_jax.trainer.packing import PackSpec
+from trinity_jax.trainer.trainer import pack_spec
 
 
-def check(config: Config) -> str:
-  """Returns the resolved plan of every stage: data, model, memory per device, shapes, steps.
+class Plan(NamedTuple):
+  """A stage, resolved, with nothing of it on a device."""
+
+  config: Config
+  algorithm: Algorithm
+  mesh: Mesh
+  model: ModelConfig
+  layout: Any  # pytree of NamedSharding that mirrors the parameters
+  programs: Programs
+  spec: PackSpec
+  taskset: Taskset
+  held_out: list[tuple[TasksetConfig, Sequence[Task]]]
+
+
+def plan(config: Config) -> Plan:
+  """Resolves one stage: names, files, rows, mesh, shapes. Loads no weights and no tokenizer.
 
   Raises:
-    UserError: what a run would stumble over: files, model, mesh, shapes, objectives.
+    UserError: what the run would stumble over.
   """
-  return "\n\n".join(_stage_plan(stage) for stage in stage_configs(config))
-
-
-def _stage_plan(config: Config) -> str:
-  import jax
-
-  from trinity_jax import stage as parts
-  from trinity_jax.algorithms.algorithm import make
-  from trinity_jax.models import sharding
-  from trinity_jax.sampler.programs import state_shardings
-  from trinity_jax.tasks.taskset import load_taskset
-  from trinity_jax.trainer.trainer import pack_spec
-
-  algorithm = make(config.algorithm)
+  algorithm = make_algorithm(config.algorithm)
   parts.check_lag(config, algorithm)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   parts.check_rows(config, mesh)
-  model = _model_config(config)
+  model = model_config(config)
   layout = sharding.param_shardings(model, mesh)
-  programs = parts.make_programs(config, model, mesh, layout, None)
-  state_shardings(programs.spec, mesh)
+  programs = parts.make_programs(config, model, mesh, layout, None)  # type: ignore[arg-type]
+  if not algorithm.supervised:
+    make_reward(config.taskset.reward, config.taskset.reward_args)
+    find_workflow(config.taskset.workflow)
   require = ("response",) if algorithm.supervised else ()
   taskset = load_taskset(config.taskset, seed=config.seed, require=require)
-  held_out = [parts.held_out_taskset(config, i) for i in range(len(config.eval.tasksets))]
-  spec = pack_spec(config)
-  memory = memory_per_device(config, model, mesh, algorithm.needs_reference)
+  held_out = []
+  for i in range(len(config.eval.tasksets)):
+    own, tasks, _ = parts.held_out_taskset(config, i)
+    find_workflow(own.workflow)
+    held_out.append((own, tasks))
+  return Plan(
+    config, algorithm, mesh, model, layout, programs, pack_spec(config), taskset, held_out
+  )
 
+
+def check_texts(stage: Plan, tokenizer: Tokenizer) -> list[str]:
+  """Tokenises a sample of the stage's texts; returns warnings.
+
+  Raises:
+    UserError: a demonstration that does not fit, or a taskset of which no prompt fits.
+  """
+  limits = stage.config.sampler
+  sampled = list(stage.held_out)
+  if stage.algorithm.supervised:
+    check_demonstrations(stage.taskset.tasks, tokenizer, limits)
+  else:
+    sampled.insert(0, (stage.config.taskset, stage.taskset.tasks))
+  found = [check_prompts(c, tasks, tokenizer, limits.max_prompt_length) for c, tasks in sampled]
+  return [f"stage {stage.config.name!r}: {warning}" for warning in found if warning]
+
+
+def model_config(config: Config) -> ModelConfig:
+  """The model's architecture, from its folder's config.json or from config.model.tiny."""
+  if config.model.path:
+    model_folder(config)
+    return hf.load_config(config.model.path)
+  return tiny(config)
+
+
+def tiny(config: Config) -> ModelConfig:
+  """The architecture that config.model.tiny describes."""
+  sizes = {k: v for k, v in config.model.tiny.items() if k not in ("seed", "dtype")}
+  try:
+    return hf.tiny_config(**sizes)
+  except (TypeError, UserError) as e:  # TypeError: an argument that does not exist
+    raise UserError(f"config.model.tiny = {dict(config.model.tiny)!r}: {e}") from e
+
+
+def model_folder(config: Config) -> Path:
+  """config.model.path; raises UserError when it is no folder."""
+  path = Path(config.model.path)
+  if not path.is_dir():
+    raise UserError(
+      f"config.model.path = {config.model.path!r}: no such folder; give a Hugging Face model "
+      "folder (config.json, *.safetensors, tokenizer files)"
+    )
+  return path
+
+
+def check(config: Config) -> str:
+  """Returns the plan of every stage: data, model, shapes, memory per device, steps.
+
+  Raises:
+    UserError: what the run would stumble over.
+  """
+  plans = [plan(stage) for stage in stage_configs(config)]
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = Path(config.model.path or scratch)
+    if not config.model.path:
+      model = plans[0].model
+      write_byte_tokenizer(
+        folder, vocab_size=model.vocab_size, max_length=model.max_position_embeddings
+      )
+    tokenizer = Tokenizer.load(folder)
+    warnings = [w for stage in plans for w in check_texts(stage, tokenizer)]
+  return "\n\n".join([*map(render, plans), *(f"warning: {w}" for w in warnings)])
+
+
+def render(stage: Plan) -> str:
+  """The plan of one stage as lines `name  value`."""
+  config, spec, programs, model = stage.config, stage.spec, stage.programs, stage.model
   steps = config.trainer.total_steps
-  tasks = spec.sequences if algorithm.supervised else config.explorer.batch_size
+  tasks = spec.sequences if stage.algorithm.supervised else config.explorer.batch_size
+  epochs = steps * tasks / len(stage.taskset)
+  size = sum(math.prod(s.shape) for s in jax.tree.leaves(params.abstract(model)))
+  memory = memory_per_device(
+    config, model, stage.mesh, stage.layout, programs, spec, stage.algorithm.needs_reference
+  )
+  longest = programs.spec.cache_length
+  beyond = longest > model.max_position_embeddings
   lines = {
     "stage": config.name,
-    "algorithm": f"{algorithm.name} ({algorithm.policy_loss.name} loss, {algorithm.aggregation})",
-    "model": f"{model.family}, {model.num_params():,} parameters, {model.num_layers} layers",
-    "devices": f"{len(jax.devices())} {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
-    "tasks": f"{len(taskset)}, {tasks} a step, {steps * tasks / len(taskset):.2f} epochs",
-    "held out": ", ".join(f"{c.name} ({len(t)})" for c, t, _ in held_out) or "nothing",
+    "algorithm": f"{stage.algorithm.name} ({stage.algorithm.policy_loss.name} loss, "
+    f"{stage.algorithm.aggregation})",
+    "model": f"{model.family}, {size:,} parameters, {model.num_layers} layers",
+    "devices": f"{stage.mesh.size} {jax.devices()[0].device_kind}, mesh {dict(stage.mesh.shape)}",
+    "tasks": f"{len(stage.taskset)}, {tasks} a step, {epochs:.2f} epochs",
+    "held out": ", ".join(f"{c.name} ({len(t)})" for c, t in stage.held_out) or "nothing",
     "steps": f"{steps} of {spec.sequences} experiences, saved every {config.trainer.save_interval}",
     "rows": f"{spec.rows} x {spec.row_lengths} a micro-batch, at most {spec.micros} micro-batches",
-    "sampler": f"{config.sampler.slots} slots x {programs.spec.cache_length} tokens, prompts "
+    "sampler": f"{config.sampler.slots} slots x {longest} tokens, prompts "
     f"{programs.prompt_lengths}, {programs.prompt_counts} a prefill",
     "programs": f"{len(programs.prompt_lengths) * len(programs.prompt_counts)} prefill, "
     f"{len(programs.live_lengths)} decode, {len(spec.row_lengths)} train",
-    "memory": ", ".join(f"{k} {_bytes(v)}" for k, v in memory.items()) + " per device (estimate)",
+    "memory": "per device, estimated: " + ", ".join(f"{k} {_bytes(v)}" for k, v in memory.items()),
   }
+  if beyond:
+    lines["beware"] = (
+      f"sequences of {longest} tokens, but the model was made for {model.max_position_embeddings}"
+    )
+  limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+  if limit and memory["peak"] > limit:
+    lines["beware"] = f"the estimated peak is more than the device's {_bytes(limit)}"
   width = max(map(len, lines))
   return "\n".join(f"{k:<{width}}  {v}" for k, v in lines.items())
-
-
-def _model_config(config: Config):
-  from trinity_jax.models import hf
-
-  if config.model.path:
-    if not Path(config.model.path).is_dir():
-      raise UserError(
-        f"config.model.path = {config.model.path!r}: no such folder; give a Hugging Face model "
-        "folder (config.json, *.safetensors, tokenizer files)"
-      )
-    return hf.load_config(config.model.path)
-  try:
-    return hf.tiny_config(**{k: v for k, v in config.model.tiny.items() if k not in ("seed", "dtype")})
-  except TypeError as e:
-    raise UserError(f"config.model.tiny = {config.model.tiny!r}: {e}") from e
-
-
-def memory_per_device(config: Config, model, mesh, reference: bool) -> dict[str, int]:
-  """Bytes per device, from shapes and shardings (activations only roughly).
-
-  Returns:
-    parameters, optimizer, gradients, published copy, reference, cache, logits of a micro-batch.
-  """
-  import jax.numpy as jnp
-
-  split = mesh.shape["fsdp"] * mesh.shape["tensor"]
-  params = math.ceil(model.num_params() / split)
-  master = params * jnp.dtype(config.model.param_dtype).itemsize
-  rollout = jnp.dtype(config.model.rollout_dtype or config.model.dtype).itemsize
-  moments = 0 if config.optimizer.name == "sgd" else 2
-  s, slots_over = config.sampler, mesh.shape["data"] * mesh.shape["fsdp"]
-  entries = s.slots * (s.max_prompt_length + s.max_response_length) // slots_over
-  kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim // mesh.shape["tensor"]
-  return {
-    "parameters": master,
-    "optimizer": moments * master,
-    "gradients": master,
-    "published": params * rollout,
-    "reference": master if reference else 0,
-    "cache": entries * kv * rollout,
-  }
 
 
 def _bytes(n: float) -> str:

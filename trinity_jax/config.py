@@ -150,7 +150,12 @@ def resolve(config: Any) -> Config:
   """
   out = _build(Config, _plain(config))
   _check_together(out)
-  stage_configs(out)
+  for stage in stage_configs(out)[:-1]:
+    if stage.trainer.save_hf == "never":
+      raise UserError(
+        f"stage {stage.name!r}: config.trainer.save_hf = 'never', but the next stage starts from "
+        "its model; use 'last'"
+      )
   return out
 
 

@@ -1,16 +1,19 @@
-"""Wires the parts for a mode: runs the stages of a config and leaves summary.json and curves.png."""
+"""Runs the stages of a config and leaves summary.json and curves.png."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from trinity_jax.config import Config, resolve, stage_configs
 from trinity_jax.errors import UserError
+
+CONFIG = "config.json"
 
 
 def run(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -30,6 +33,7 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
   config = config if isinstance(config, Config) else resolve(config)
   workdir = prepare_workdir(Path(workdir), config)
   start = time.monotonic()
+  warnings = preflight(config, workdir)
 
   from trinity_jax.monitor.compiles import CompileCounter
   from trinity_jax.monitor.progress import Progress
@@ -37,6 +41,8 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
 
   timeline = Timeline()
   with CompileCounter() as compiles, Progress(config.monitor.progress, title=config.name) as shown:
+    for warning in warnings:
+      shown.message(f"warning: {warning}")
     results = run_stages(config, workdir, compiles, timeline, shown)
     summary = summarise(config, workdir, results, time.monotonic() - start, compiles)
     if compiles.since_warmup:
@@ -45,6 +51,21 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
     picture = draw_curves(config, workdir)
     shown.message(f"summary: {workdir / 'summary.json'}  curves: {picture}")
   return summary
+
+
+def preflight(config: Config, workdir: Path) -> list[str]:
+  """Checks all stages before the first one starts; makes the first model; returns warnings.
+
+  Raises:
+    UserError: what some stage would stumble over, perhaps hours later.
+  """
+  from trinity_jax.check import check_texts, plan
+  from trinity_jax.models.tokenizer import Tokenizer
+
+  plans = [plan(stage) for stage in stage_configs(config)]
+  record_config(workdir, config)
+  tokenizer = Tokenizer.load(first_model(stage_configs(config)[0], workdir))
+  return [warning for stage in plans for warning in check_texts(stage, tokenizer)]
 
 
 def run_stages(config: Config, workdir: Path, compiles, timeline, progress) -> list:
@@ -60,11 +81,6 @@ def run_stages(config: Config, workdir: Path, compiles, timeline, progress) -> l
       result = dataclasses.replace(read_stage_result(marker), resumed=True)
       progress.message(f"stage {stage.name} is done already ({marker}); skipped")
     else:
-      if results and not results[-1].model:
-        raise UserError(
-          f"stage {stage.name!r} needs the model of {results[-1].name!r}, which was not saved; set "
-          "trainer.save_hf='last' there"
-        )
       model = Path(results[-1].model) if results else first_model(stage, workdir)
       directory.mkdir(parents=True, exist_ok=True)
       result = run_stage(stage, directory, model, compiles, timeline, progress)
@@ -78,29 +94,22 @@ def stage_directory(config: Config, workdir: Path, stage: Config) -> Path:
 
 def first_model(config: Config, workdir: Path) -> Path:
   """config.model.path, or a new tiny random checkpoint made from config.model.tiny and the seed."""
-  if config.model.path:
-    path = Path(config.model.path)
-    if not path.is_dir():
-      raise UserError(
-        f"config.model.path = {config.model.path!r}: no such folder; give a Hugging Face model "
-        "folder (config.json, *.safetensors, tokenizer files)"
-      )
-    return path
+  from trinity_jax.check import model_folder, tiny
   from trinity_jax.models.hf import write_tiny_checkpoint
 
+  if config.model.path:
+    return model_folder(config)
   path = workdir / "model"
   if not path.exists():
+    tiny(config)  # names the key when a size cannot be
     part = path.with_name("model.part")  # a folder that is there is a complete one
-    try:
-      write_tiny_checkpoint(part, **{"seed": config.seed, **config.model.tiny})
-      part.rename(path)
-    except TypeError as e:
-      raise UserError(f"config.model.tiny = {config.model.tiny!r}: {e}") from e
+    write_tiny_checkpoint(part, **{"seed": config.seed, **config.model.tiny})
+    part.rename(path)
   return path
 
 
 def prepare_workdir(workdir: Path, config: Config) -> Path:
-  """Makes the folder, and records the config in it.
+  """Makes the folder and sees that it is free for this config.
 
   Raises:
     UserError: the folder cannot be written, or holds another run.
@@ -112,20 +121,34 @@ def prepare_workdir(workdir: Path, config: Config) -> Path:
     probe.unlink()
   except OSError as e:
     raise UserError(f"--workdir={workdir} cannot be written: {e.strerror}; choose another") from e
-  record = workdir / "config.json"
-  now = json.loads(json.dumps(dataclasses.asdict(config)))
+  record = workdir / CONFIG
   if record.exists():
-    before = json.loads(record.read_text())
+    before, now = json.loads(record.read_text()), _as_json(config)
     changed = sorted(k for k in now if before.get(k) != now[k] and k != "monitor")
-    if changed:
+    begun = any(
+      True for name in ("stage.json", "checkpoints/[0-9]*") for _ in workdir.glob(f"**/{name}")
+    )
+    if changed and begun:
       raise UserError(
         f"--workdir={workdir} holds a run with another config (differs in: {', '.join(changed)}); "
         "continue it with its own config or choose another folder"
       )
-  part = record.with_suffix(f".{os.getpid()}")
-  part.write_text(json.dumps(now, indent=2))
-  part.replace(record)
+    if changed:  # an attempt that ended before its first checkpoint: its model may not fit
+      shutil.rmtree(workdir / "model", ignore_errors=True)
   return workdir.absolute()
+
+
+def record_config(workdir: Path, config: Config) -> None:
+  """Writes WORKDIR/config.json."""
+  record = workdir / CONFIG
+  part = record.with_suffix(f".{os.getpid()}")
+  part.write_text(json.dumps(_as_json(config), indent=2))
+  part.replace(record)
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+  """The config as it reads back from JSON: tuples are lists."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def summarise(config: Config, workdir: Path, results: list, seconds: float, compiles):
