@@ -20,6 +20,8 @@ def load(reference: str, kind: str) -> Callable[..., Any]:
     UserError: no such module or function. An error inside the module is not caught.
   """
   module_name, _, name = reference.partition(":")
+  if not module_name or module_name.startswith("."):
+    raise UserError(f"{kind} {reference!r}: expected 'module:function' with a full module name")
   try:
     module = importlib.import_module(module_name)
   except ModuleNotFoundError as e:

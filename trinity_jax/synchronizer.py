@@ -62,9 +62,10 @@ class Synchronizer:
 
   def _future(self, version: int) -> Future:
     future: Future = Future()
+    future.set_running_or_notify_cancel()  # a waiter that gives up must not fail who publishes
     with self._lock:
       if self._closed is not None:
-        future.set_exception(self._closed)
+        future.set_exception(self._ended())
       elif max(self._versions, default=-1) >= version:
         future.set_result(None)
       else:
@@ -81,15 +82,19 @@ class Synchronizer:
     """Waits until `version` exists; returns (version, params).
 
     Raises:
-      RunFailed: it did not come within the timeout.
+      RunFailed: it did not come within the timeout, or the synchronizer was closed.
     """
+    future = self._future(version)
     try:
-      await asyncio.wait_for(asyncio.wrap_future(self._future(version)), self._timeout)
+      await asyncio.wait_for(asyncio.wrap_future(future), self._timeout)
     except TimeoutError:
       raise RunFailed(
         f"the explorer waited {self._timeout:.0f} s (sync.timeout) for version {version}; the "
         f"trainer's newest is {self.version}"
       ) from None
+    finally:
+      with self._lock:
+        self._waiters = [w for w in self._waiters if w[1] is not future]
     return self._newest_up_to(version)
 
   def close(self, error: BaseException) -> None:
@@ -98,4 +103,9 @@ class Synchronizer:
       self._closed = error
       waiters, self._waiters = self._waiters, []
     for _, future in waiters:
-      future.set_exception(error)
+      future.set_exception(self._ended())
+
+  def _ended(self) -> RunFailed:
+    failure = RunFailed("the synchronizer is closed: no version will come")
+    failure.__cause__ = self._closed
+    return failure

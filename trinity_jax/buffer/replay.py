@@ -56,9 +56,13 @@ class ReplayBuffer:
         if self._count + len(group) <= self._capacity or name == self._next:
           self._insert(name, list(group))
           return
-        event = asyncio.Event()
-        self._space.append((asyncio.get_running_loop(), event))
-      await event.wait()
+        waiter = (asyncio.get_running_loop(), asyncio.Event())
+        self._space.append(waiter)
+      try:
+        await waiter[1].wait()
+      finally:
+        with self._changed:  # a cancelled producer's loop may be gone when somebody wakes it
+          self._space = [w for w in self._space if w is not waiter]
 
   def _insert(self, name, group) -> None:
     if name < self._next or any(name == held for held, _, _ in self._held):

@@ -46,7 +46,8 @@ def truncate(logits, top_k, top_p, min_p):
   inside = jnp.sum(mass < top_p[:, None], axis=-1)  # tokens wholly inside the nucleus
   pth = jnp.take_along_axis(ordered, jnp.minimum(inside, vocab - 1)[:, None], axis=-1)
   pth = jnp.where(top_p[:, None] < 1, pth, NEGATIVE)
-  floor = ordered[:, :1] + jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-20)), NEGATIVE)[:, None]
+  share = jnp.log(jnp.clip(min_p, 1e-20, 1.0))
+  floor = ordered[:, :1] + jnp.where(min_p > 0, share, NEGATIVE)[:, None]
   return jnp.where(logits >= jnp.maximum(jnp.maximum(kth, pth), floor), logits, NEGATIVE)
 
 

@@ -70,7 +70,8 @@ class _Slot:
 class Sampler:
   """The scheduler thread and its engine.
 
-  `error`, once set, is the exception that killed the thread; every later call raises it.
+  `error`, once set, is the exception that killed the thread. Every request still open fails with
+  RunFailed from it, and so does every later `submit` and `set_params`.
   """
 
   def __init__(
@@ -95,7 +96,7 @@ class Sampler:
     self._next_params: tuple[int, Any] | None = None
     self._params: Any = None
     self._state: Any = None
-    self._stopping = False
+    self._stopping = self._ended = False
     self.version = -1
     self.error: BaseException | None = None
     self.stats = {"sampled_tokens": 0, "prompt_tokens": 0, "decode_steps": 0, "slot_steps": 0,
@@ -116,10 +117,13 @@ class Sampler:
       self._thread.join(timeout=60)
       if self._thread.is_alive():
         raise RunFailed("the sampler thread did not end within 60 s of close()")
+    self._end()  # for a thread that was never started
 
   def set_params(self, version: int, params: Any) -> None:
     """Swaps weights at the next dispatch boundary. Versions never go back."""
     with self._changed:
+      if self._ended:
+        raise self._failure()
       newest = self._next_params[0] if self._next_params else self.version
       if version < newest:
         raise ValueError(f"version {version} offered to a sampler that has {newest}")
@@ -149,13 +153,14 @@ class Sampler:
 
     Raises:
       UserError: a prompt or response longer than the engine was compiled for.
+      RunFailed: the sampler has died or was closed; so does the future, when that comes later.
     """
     self._check(request)
     future: Future = Future()
     future.set_running_or_notify_cancel()
     with self._changed:
-      if self.error is not None:
-        raise RunFailed("the sampler thread has died") from self.error
+      if self._ended:
+        raise self._failure()
       self._waiting.append((request, future))
       self._busy -= 1
       self._changed.notify_all()
@@ -164,15 +169,19 @@ class Sampler:
   async def generate(self, request: Request) -> Completion:
     """`submit` for coroutines; cancelling it frees the slot."""
     future = self.submit(request)
-    waiter = asyncio.wrap_future(future)
     try:
-      return await asyncio.shield(waiter)
+      return await asyncio.wrap_future(future)
     except asyncio.CancelledError:
-      with self._changed:
-        self._cancelled.add(future)
-        self._changed.notify_all()
-      waiter.add_done_callback(lambda f: f.cancelled() or f.exception())  # nobody waits any more
+      self._cancel(future)
       raise
+
+  def _cancel(self, future: Future) -> None:
+    """Gives a request up. Its run is busy again from this moment, as after a result."""
+    with self._changed:
+      if not future.done():
+        self._cancelled.add(future)
+        self._busy += 1
+        self._changed.notify_all()
 
   def describe(self) -> str:
     """Who is where, for the message of a wait that expired."""
@@ -210,14 +219,27 @@ class Sampler:
         if any(self._slots):
           self._dispatch()
           self._collect()
-      error = RunFailed("the sampler was closed")
     except BaseException as e:  # reported through every future and `error`
-      error = self.error = e
+      self.error = e
+    self._end()
+
+  def _failure(self) -> RunFailed:
+    """A new exception for each who waits: they are raised in several tasks."""
+    if self.error is None:
+      return RunFailed("the sampler was closed")
+    failure = RunFailed(f"the sampler thread has died: {type(self.error).__name__}: {self.error}")
+    failure.__cause__ = self.error
+    return failure
+
+  def _end(self) -> None:
+    """Fails the requests still open, and from now on every new one."""
     with self._changed:
+      self._ended = True
       futures = [f for _, f in self._waiting] + [s.future for s in self._slots if s]
       self._waiting, self._slots = [], [None] * len(self._slots)
-    for future in futures:
-      future.set_exception(error)
+      for future in futures:
+        self._hand_back(future)
+        future.set_exception(self._failure())
 
   def _wait_for_work(self) -> bool:
     """Blocks until there is something to do (False: stop) and takes new weights."""
@@ -240,7 +262,7 @@ class Sampler:
 
   def _drop_cancelled(self) -> None:
     with self._changed:
-      cancelled, self._cancelled = self._cancelled, set()
+      cancelled = set(self._cancelled)
       dropped = [f for _, f in self._waiting if f in cancelled]
       self._waiting = [(r, f) for r, f in self._waiting if f not in cancelled]
     mask = np.array([s is not None and s.future in cancelled for s in self._slots])
@@ -267,25 +289,26 @@ class Sampler:
         chosen.append((slot, prompts.setdefault(name, len(prompts)), request, future))
       if not chosen:
         return
-      with self._changed:
+      with self._changed:  # a request is always in one of the two, or its future would be lost
+        for slot, _, r, future in chosen:
+          self._slots[slot] = _Slot(r, future, length=len(r.tokens), generated=1)
         del self._waiting[: len(chosen)]
-      self._prefill(chosen, len(prompts))
+      self._prefill([(slot, row, r) for slot, row, r, _ in chosen], len(prompts))
 
   def _prefill(self, chosen, num_prompts: int) -> None:
     P = bucket_for(num_prompts, self._programs.prompt_counts)
-    longest = max(len(r.tokens) for _, _, r, _ in chosen)
+    longest = max(len(r.tokens) for _, _, r in chosen)
     T = bucket_for(longest, self._programs.prompt_lengths)
     S = self._programs.spec.slots
     tokens, lengths = np.zeros((P, T), np.int32), np.ones(P, np.int32)
     source, requests = np.full(S, -1, np.int32), Requests.empty(S)
-    for slot, row, r, future in chosen:
+    for slot, row, r in chosen:
       tokens[row, : len(r.tokens)], lengths[row] = r.tokens, len(r.tokens)
       source[slot] = row
       requests.key[slot], requests.temperature[slot] = r.key, r.temperature
       requests.top_p[slot], requests.min_p[slot] = r.top_p, r.min_p
       requests.top_k[slot], requests.limit[slot] = r.top_k, r.limit
       requests.stop_ids[slot, : len(r.stop_ids)] = r.stop_ids
-      self._slots[slot] = _Slot(r, future, length=len(r.tokens), generated=1)
     self.stats["prompt_tokens"] += int(lengths[:num_prompts].sum())
     with self._span("prefill"):
       self._state = self._programs.admit(
@@ -334,11 +357,16 @@ class Sampler:
       self._resolve(slot.future, Completion(*rows, StopReason(int(reason[i]))))
 
   def _resolve(self, future: Future, completion: Completion) -> None:
-    """Gives the result; its run is busy from this moment, not from when it wakes up."""
     with self._changed:
-      self._busy += 1
+      self._hand_back(future)
+      future.set_result(completion)
+
+  def _hand_back(self, future: Future) -> None:
+    """The run is busy from this moment, not from when it wakes up, or since it gave up."""
+    if future in self._cancelled:
       self._cancelled.discard(future)
-    future.set_result(completion)
+    else:
+      self._busy += 1
 
 
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
