@@ -37,7 +37,7 @@ class Explorer:
     grade: async (response, task) -> reward components, for training tasks.
     span: timeline.span.
     on_eval: called with (version, metrics, some experiences) after each evaluation.
-    evaluated: versions whose evaluation an earlier process has already booked.
+    evaluated: versions that need no evaluation, an earlier process having booked them.
   """
 
   def __init__(
@@ -61,6 +61,9 @@ class Explorer:
     self._schedule, self._synchronizer, self._buffer = schedule, synchronizer, buffer
     self._taskset, self._held_out, self._grade = taskset, held_out, grade
     self._span, self._on_eval, self._evaluated = span, on_eval, evaluated
+    self._evaluated_here: set[int] = set()
+    self._version = -1  # last given to the sampler, which takes it at its next dispatch
+    self._asked = -1  # the version that the schedule meant, the same except after a resume
     self._open: set[ExperienceId] = set()
     self._in_flight: set[asyncio.Task] = set()
 
@@ -72,23 +75,28 @@ class Explorer:
   async def explore(self, first: int, last: int) -> None:
     """Explorer steps first..last (from 1), then waits for everything in flight."""
     for step in range(first, last + 1):
-      await self._pull(self._schedule.version_for(step), step == first)
+      await self._pull(self._schedule.version_for(step))
       group = self._start_batch(step)
       self._in_flight |= group
       await self._raise_early_failures()
     await self._drain()
 
-  async def _pull(self, version: int, starting: bool) -> None:
+  async def _pull(self, version: int) -> None:
     """Waits for a version; swaps it in when everything started under the old one has ended."""
-    if version == self._sampler.version and not starting:
+    if version == self._asked:
       return
     await self._drain()
     with self._span("wait_for_policy"):
       found, params = await self._synchronizer.wait_for(version)
-    self._sampler.set_params(found, params)
+    self._asked = version
+    self._use(found, params)
     every = self.config.eval.interval
     if every and found % every == 0 and (found > 0 or self.config.eval.on_start):
       await self._evaluate_once(found)
+
+  def _use(self, version: int, params: Any) -> None:
+    self._sampler.set_params(version, params)
+    self._version = version
 
   async def _drain(self) -> None:
     while self._in_flight:
@@ -113,10 +121,13 @@ class Explorer:
     )
     runner = self._runner(c.taskset.workflow, self._grade, params, TRAIN_STREAM)
     self._announce(len(tasks) * c.explorer.group_size)
-    return {
+    groups = {
       asyncio.create_task(self._group(runner, task, step, place, c.explorer.group_size))
       for place, task in enumerate(tasks)
     }
+    for group in groups:  # the first error ends the explorer; the others' are not news
+      group.add_done_callback(lambda t: t.cancelled() or t.exception())
+    return groups
 
   def _announce(self, runs: int) -> None:
     """Counts runs in before they start: deterministic admission waits for all of a batch."""
@@ -190,12 +201,14 @@ class Explorer:
     """Evaluates each version as it is published (a newer one when it is no longer kept)."""
     for version in versions:
       found, params = await self._synchronizer.wait_for(version)
-      if found > self._sampler.version:
-        self._sampler.set_params(found, params)
+      if found < self._version:
+        continue  # a newer one has taken its place already
+      self._use(found, params)
       await self._evaluate_once(found)
 
   async def _evaluate_once(self, version: int) -> None:
-    if self.evaluates and version not in self._evaluated:
+    if self.evaluates and version not in self._evaluated and version not in self._evaluated_here:
+      self._evaluated_here.add(version)
       await self.evaluate(version)
 
   def describe(self) -> str:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer.rewards import Score
-from trinity_jax.explorer.workflow import Model, PromptTooLong, Workflow
+from trinity_jax.explorer.workflow import Model, PromptTooLong, Reward, Workflow
 
 Grade = Callable[[str, Task], Awaitable[Score]]
 Span = Callable[[str], Any]
+T = TypeVar("T")
+
+
+class _Raised(Exception):
+  """Every attempt raised; the cause is what the last one raised."""
 
 
 class Runner:
@@ -25,8 +32,10 @@ class Runner:
     grade: async (response, task) -> Score.
     new_model: id -> a fresh Model for one attempt.
     leave: called once per run when it can no longer ask the sampler for anything.
-    timeout: seconds for all attempts and the grading together.
-    retries: further attempts after an exception.
+    timeout: seconds for all attempts and the grading together, the sampler's part not counted:
+      deterministic admission holds every run back while one hangs, and only that one may expire.
+    retries: further attempts after an exception, for the workflow and for the grading. A response
+      that cannot be graded is not sampled again: its keys would give the same tokens.
   """
 
   def __init__(
@@ -60,47 +69,110 @@ class Runner:
 
     started = time.monotonic()
     try:
-      async with asyncio.timeout(self._timeout):
-        experience = await self._attempts(task, id, leave)
+      async with asyncio.timeout(self._timeout) as deadline:
+        experience = await self._graded(task, id, leave, deadline)
+    except PromptTooLong as e:
+      experience = Experience.failed(id, StopReason.PROMPT_TOO_LONG, {"error": str(e)})
+    except _Raised as e:
+      experience = Experience.failed(id, StopReason.ERROR, self._error_info(e, task))
     except TimeoutError:
-      reason = f"the run took longer than explorer.run_timeout = {self._timeout:g} s"
+      reason = (
+        f"the run took longer than explorer.run_timeout = {self._timeout:g} s, its time in the "
+        "sampler not counted"
+      )
       experience = Experience.failed(id, StopReason.TIMEOUT, {"error": reason})
     finally:
       leave()
     experience.metrics["run_seconds"] = time.monotonic() - started
     return experience
 
-  async def _attempts(self, task: Task, id: ExperienceId, leave) -> Experience:
-    for attempt in range(self._retries + 1):
-      try:
-        model = self._new_model(id)
-        reward = await self._workflow(task, model)
-        leave()
-        return await self._finish(task, model, reward, attempt)
-      except PromptTooLong as e:
-        return Experience.failed(id, StopReason.PROMPT_TOO_LONG, {"error": str(e)})
-      except (RunFailed, TimeoutError):
-        raise
-      except Exception as e:  # an agent's, environment's or reward's bug is a value, not our end
-        error = {
-          "error": f"{type(e).__name__}: {e}",
-          "type": type(e).__name__,
-          "traceback": traceback.format_exc(limit=-8),
-          "task": task.index,
-          "attempts": attempt + 1,
-        }
-    return Experience.failed(id, StopReason.ERROR, error)
+  async def _graded(self, task: Task, id: ExperienceId, leave, deadline) -> Experience:
+    async def ask() -> tuple[Model, Score | None]:
+      model = self._new_model(id)
+      model.in_sampler = lambda: _paused(deadline)
+      score = read_reward(await self._workflow(task, model))
+      if not model.turns:
+        raise ValueError(f"run {id}: the workflow ended without a call to the model")
+      return model, score
 
-  async def _finish(self, task: Task, model: Model, reward, attempt: int) -> Experience:
+    (model, score), retries = await self._attempt(ask)
+    leave()
     seconds = 0.0
-    if reward is None:
+    if score is None:
       start = time.monotonic()
       with self._span("reward"):
-        score = await self._grade(model.text, task)
-      seconds = time.monotonic() - start
-    else:
-      parts = dict(reward) if isinstance(reward, Mapping) else {"reward": float(reward)}
-      score = Score(float(sum(parts.values())), parts)
+        score, more = await self._attempt(lambda: self._grade(model.text, task))
+      seconds, retries = time.monotonic() - start, retries + more
     experience = model.experience(score, {"task": task.index, "taskset": task.taskset})
-    experience.metrics |= {"reward_latency": seconds, "retries": attempt}
+    experience.metrics |= {"reward_latency": seconds, "retries": retries}
     return experience
+
+  async def _attempt(self, function: Callable[[], Awaitable[T]]) -> tuple[T, int]:
+    """Returns what the first attempt that does not raise gives, and how many raised before it."""
+    for used in range(self._retries + 1):
+      try:
+        return await function(), used
+      except (PromptTooLong, RunFailed):
+        raise
+      except (Exception, asyncio.CancelledError, SystemExit) as e:
+        # An agent's, environment's or reward's bug is a value, not our end.
+        if _cancelled():  # by the deadline or at the end, whatever the workflow made of it
+          raise asyncio.CancelledError from e
+        if used == self._retries:
+          raise _Raised from e
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+  def _error_info(self, raised: _Raised, task: Task) -> dict[str, Any]:
+    e = raised.__cause__
+    assert e is not None
+    return {
+      "error": f"{type(e).__name__}: {e}",
+      "type": type(e).__name__,
+      "traceback": "".join(traceback.format_exception(e, limit=-8)),
+      "task": task.index,
+      "attempts": self._retries + 1,
+    }
+
+
+@contextlib.contextmanager
+def _paused(deadline: asyncio.Timeout) -> Iterator[None]:
+  """Stops a deadline's clock."""
+  now = asyncio.get_running_loop().time
+  until = deadline.when()
+  if until is None or deadline.expired():
+    yield
+    return
+  left = until - now()
+  deadline.reschedule(None)
+  try:
+    yield
+  finally:
+    deadline.reschedule(now() + left)
+
+
+def _cancelled() -> bool:
+  """Whether this task was cancelled; else a CancelledError is one that its own code let out."""
+  task = asyncio.current_task()
+  return task is not None and task.cancelling() > 0
+
+
+def read_reward(reward: Reward) -> Score | None:
+  """Checks what a workflow returned: a number, a dict of components (summed) or None.
+
+  Raises:
+    ValueError: anything else, or a number that is not finite.
+  """
+  if reward is None:
+    return None
+  parts = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+  for name, value in parts.items():
+    try:
+      parts[name] = float(value)
+    except (TypeError, ValueError):
+      parts[name] = math.nan
+    if not math.isfinite(parts[name]):
+      raise ValueError(
+        f"the workflow returned {name} = {value!r}; expected a finite number, a dict of them, or "
+        "None to have the response graded"
+      )
+  return Score(math.fsum(parts.values()), parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,8 @@ class Model:
     self.messages: list[dict[str, Any]] = []
     self.stop_reason = StopReason.RUNNING
     self.turns = 0
+    self.in_sampler: Callable[[], AbstractContextManager] = nullcontext  # entered while it waits
+    self._asking = False
     self._sampler, self._seed, self._params = sampler, seed, params
     self._max_prompt, self._stream = max_prompt, stream
     self._log: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
@@ -75,8 +78,13 @@ class Model:
 
     Raises:
       PromptTooLong: the prompt exceeds sampler.max_prompt_length.
-      ValueError: the prompt rewrites history.
+      ValueError: the prompt rewrites history, or another call has not ended yet.
     """
+    if self._asking:
+      raise ValueError(
+        f"run {self.id}: a second call to the model before the first has ended; a run's turns form "
+        "one token log, so await them one after the other"
+      )
     tokens = [int(t) for t in tokens]
     seen = len(self._tokens)
     if tokens[:seen] != self._tokens:
@@ -100,7 +108,12 @@ class Model:
       top_p=p.top_p,
       top_k=p.top_k,
     )
-    out = await self._sampler.generate(request)
+    self._asking = True
+    try:
+      with self.in_sampler():
+        out = await self._sampler.generate(request)
+    finally:
+      self._asking = False
     new = np.array(tokens[seen:], np.int32)
     self._append(new, np.zeros(len(new)), np.full(len(new), -1), action=False)
     self._append(out.tokens, out.logprobs, out.versions, action=True)
@@ -121,13 +134,7 @@ class Model:
     self._log.append((np.asarray(tokens, np.int32), mask, logprobs, versions))
 
   def experience(self, score: Score, info: dict[str, Any]) -> Experience:
-    """The run as one experience.
-
-    Raises:
-      ValueError: the workflow never asked the model.
-    """
-    if not self._log:
-      raise ValueError(f"run {self.id}: the workflow ended without a call to the model")
+    """The run, of at least one turn, as one experience."""
     tokens, mask, logprobs, versions = (np.concatenate(x) for x in zip(*self._log))
     response = int(mask.sum())
     return Experience(

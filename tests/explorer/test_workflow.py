@@ -1,0 +1,139 @@
+"""The Model that a workflow sees: an append-only token log."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from trinity_jax.errors import UserError
+from trinity_jax.experience import ExperienceId, StopReason
+from trinity_jax.explorer.rewards import Score
+from trinity_jax.explorer.workflow import PromptTooLong, find_workflow
+from trinity_jax.explorer.workflows.single_turn import single_turn
+
+
+def play(world, talk, **kwargs):
+  """Runs `talk(model)` as the only participant; returns (its result, the model)."""
+  with world.sampler() as sampler:
+    model = world.model(sampler, **kwargs)
+
+    async def go():
+      sampler.enter()
+      try:
+        return await talk(model)
+      finally:
+        sampler.leave()
+
+    return asyncio.run(asyncio.wait_for(go(), 60)), model
+
+
+def test_a_chat_is_recorded_token_by_token(world):
+  text, model = play(world, lambda m: m.chat(world.task(text="abc").messages))
+  e = model.experience(Score(0.5, {"accuracy": 1.0, "format": -0.5}), {"task": 3})
+  prompt = world.tokenizer.apply_chat_template(
+    world.task(text="abc").messages, add_generation_prompt=True
+  )
+  n = len(prompt)
+  assert e.tokens[:n].tolist() == prompt and not e.action_mask[:n].any()
+  assert e.action_mask[n:].all() and 1 <= e.num_actions <= world.max_response
+  assert (e.versions[:n] == -1).all() and (e.versions[n:] == 0).all()
+  assert (e.logprobs[:n] == 0).all() and (e.logprobs[n:] < 0).all()
+  assert text == world.tokenizer.decode(e.tokens[n:]) == model.text
+  assert e.messages == [
+    {"role": "user", "content": "abc"}, {"role": "assistant", "content": text},
+  ]  # fmt: skip
+  assert e.reward == 0.5 and e.info == {"task": 3} and e.temperature == 1.0
+  assert e.metrics == {
+    "rewards/accuracy": 1.0, "rewards/format": -0.5, "response_length": e.num_actions,
+    "prompt_length": n, "num_turns": 1,
+  }  # fmt: skip
+  assert e.stop_reason in (StopReason.STOP, StopReason.LENGTH)
+
+
+def test_turns_extend_one_log(world):
+  async def talk(model):
+    first = await model.generate([8, 9, 10])
+    log = [8, 9, 10, *first]
+    second = await model.generate([*log, 11, 12])
+    return first, second
+
+  (first, second), model = play(world, talk)
+  e = model.experience(Score(0.0, {}), {})
+  assert e.tokens.tolist() == [8, 9, 10, *first, 11, 12, *second]
+  want = [0] * 3 + [1] * len(first) + [0] * 2 + [1] * len(second)
+  assert e.action_mask.astype(int).tolist() == want
+  assert e.metrics["num_turns"] == 2 and e.metrics["prompt_length"] == 5
+
+
+@pytest.mark.parametrize("second", [[8, 9], [9, 8, 10], "drops the response", "edits the response"])
+def test_a_prompt_that_rewrites_history_is_refused(world, second):
+  async def talk(model):
+    first = (await model.generate([8, 9, 10])).tolist()
+    prompt = second
+    if second == "drops the response":
+      prompt = [8, 9, 10, 11]
+    elif second == "edits the response":
+      prompt = [8, 9, 10, first[0] + 1, *first[1:], 11]
+    with pytest.raises(ValueError, match=r"run 1/0/0/0: the prompt of turn 1 .* append"):
+      await model.generate(prompt)
+    return [8, 9, 10, *first]
+
+  log, model = play(world, talk)
+  assert model.experience(Score(0.0, {}), {}).tokens.tolist() == log  # as before the mistake
+
+
+def test_two_calls_at_once_are_refused_and_the_first_goes_on(world):
+  async def talk(model):
+    both = [model.generate([8, 9, 10]), model.generate([8, 9, 10])]
+    return await asyncio.gather(*both, return_exceptions=True)
+
+  (first, second), model = play(world, talk)
+  assert isinstance(second, ValueError) and "a second call to the model" in str(second)
+  assert model.experience(Score(0.0, {}), {}).tokens.tolist() == [8, 9, 10, *first]
+
+
+def test_a_prompt_beyond_the_limit_names_the_key(world):
+  async def talk(model):
+    with pytest.raises(PromptTooLong, match=r"of 25 tokens .* sampler\.max_prompt_length = 24"):
+      await model.generate([8] * 25)
+    return await model.generate([8] * 24)
+
+  tokens, _ = play(world, talk)
+  assert len(tokens) >= 1
+
+
+def test_randomness_is_that_of_seed_id_and_turn(world):
+  async def twice(model):
+    first = await model.generate([8, 9])
+    second = await model.generate([8, 9, *first, 7])
+    return first.tolist(), second.tolist()
+
+  one, _ = play(world, twice)
+  assert play(world, twice)[0] == one
+  assert play(world, twice, seed=1)[0] != one
+  assert play(world, twice, id=ExperienceId(1, 0, 1, 0))[0] != one
+  greedy = [play(world, twice, temperature=0.0, seed=s) for s in (0, 1)]
+  assert greedy[0][0] == greedy[1][0]
+  assert greedy[0][1].experience(Score(0.0, {}), {}).temperature == 1.0
+
+
+def test_find_workflow():
+  assert find_workflow("single_turn") is single_turn
+  assert find_workflow("trinity_jax.explorer.workflows.single_turn:single_turn") is single_turn
+  with pytest.raises(UserError, match="did you mean 'single_turn'"):
+    find_workflow("single_trun")
+  with pytest.raises(UserError, match="there is no module 'no_such_module'"):
+    find_workflow("no_such_module:f")
+  with pytest.raises(UserError, match="has no function 'single'; did you mean 'single_turn'"):
+    find_workflow("trinity_jax.explorer.workflows.single_turn:single")
+  for reference in (":f", ".workflows:f"):
+    with pytest.raises(UserError, match="expected 'module:function'"):
+      find_workflow(reference)
+
+
+def test_log_probs_survive_as_float32(world):
+  _, model = play(world, lambda m: m.generate([8, 9, 10]))
+  e = model.experience(Score(0.0, {}), {})
+  assert e.logprobs.dtype == np.float32 and e.tokens.dtype == e.versions.dtype == np.int32
