@@ -109,9 +109,11 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
   own = own_flags()
   with _flag_errors(list(own)):
     rest = own(argv, known_only=True)
+  if own["help"].value:
+    return own, None
   names = [m[1] for a in rest[1:] if (m := re.match(r"--?(?:no)?config\.([^=\s]*)", a))]
   values = load_config(own["config"].value) if own["config"].value else None
-  if names and values is None and not own["help"].value:
+  if names and values is None:
     raise UserError(f"--config.{names[0]} without --config: name the config file it overrides")
   if values is not None:
     for name in names:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from trinity_jax import config_schema
 from trinity_jax.config import base_config, resolve, stage_configs
 from trinity_jax.errors import UserError

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import launching
 import pytest
+
 from trinity_jax.models.hf import write_tiny_checkpoint
 
 

@@ -179,13 +179,17 @@ def summarise(config: Config, workdir: Path, results: list, seconds: float, comp
   return values
 
 
-def draw_curves(config: Config, workdir: Path) -> Path:
-  """Draws WORKDIR/curves.png over all stages."""
+def draw_curves(config: Config, workdir: Path) -> str:
+  """Draws WORKDIR/curves.png over all stages; returns its path, or why there is none."""
   from trinity_jax.monitor.plots import curves_png
   from trinity_jax.monitor.writers import FILE
 
   stages = stage_configs(config)
   paths = [stage_directory(config, workdir, s) / FILE for s in stages]
-  return curves_png(
-    paths, workdir / "curves.png", title=config.name, stages=[s.name for s in stages]
-  )
+  names = [s.name for s in stages]
+  try:
+    return str(curves_png(paths, workdir / "curves.png", title=config.name, stages=names))
+  except ModuleNotFoundError as e:
+    if e.name is None or e.name.partition(".")[0] != "matplotlib":
+      raise
+    return "not drawn, matplotlib is not installed"

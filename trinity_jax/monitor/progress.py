@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trinity_jax.errors import UserError
 from trinity_jax.monitor import text as t
 from trinity_jax.monitor.timeline import CATEGORIES
 
@@ -81,9 +82,7 @@ class Progress:
     if mode == "none":
       return
     if console is None:
-      from rich.console import Console
-
-      self._console = console = Console(file=sys.stdout)
+      self._console = console = _console(mode)
     # Rich ends the process when the reader of its output has gone; a run must outlive its view.
     console.on_broken_pipe = _broken_pipe
     draws = console.encoding.lower().startswith("utf")
@@ -219,12 +218,12 @@ class Progress:
       self._attempt(lambda: self._print(self._line()))
 
   def _print(self, text: str) -> None:
-    from rich.text import Text
-
     console = self._console
     assert console is not None
     text = t.encodable(text, console.encoding)
     if self._mode == "live":
+      from rich.text import Text
+
       console.print(Text(text))
     else:
       # Not console.print: it wraps at the assumed width of what is no terminal.
@@ -278,6 +277,37 @@ class Progress:
       line.append("━" * (room - full), style="bright_black")
     line.append(f"  {t.duration(self._clock() - self._begin)} elapsed, {self._eta()} left")
     return line
+
+
+class _Lines:
+  """What plain lines need of a console."""
+
+  is_terminal = is_dumb_terminal = False
+  width = 80
+
+  def __init__(self) -> None:
+    self.file = sys.stdout
+    self.encoding: str = getattr(sys.stdout, "encoding", None) or "utf-8"
+    self.on_broken_pipe: Callable[[], None] = _broken_pipe
+
+
+def _console(mode: str) -> Any:
+  """A rich Console on stdout; for plain lines rich is not needed.
+
+  Raises:
+    UserError: a live view is asked for and rich is not installed.
+  """
+  if mode == "plain":
+    return _Lines()
+  try:
+    from rich.console import Console
+  except ImportError as error:
+    if mode == "live":
+      raise UserError("monitor.progress is 'live' but rich is not installed; "
+                      "pip install rich or set monitor.progress='plain'") from error
+    log.warning("progress is plain: rich is not installed")
+    return _Lines()
+  return Console(file=sys.stdout)
 
 
 def _broken_pipe() -> None:
