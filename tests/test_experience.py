@@ -28,6 +28,8 @@ def experiences(draw):
   n = draw(st.integers(0, 12))
   floats = st.lists(st.floats(width=32), min_size=n, max_size=n)
   ints = st.lists(st.integers(-(2**31), 2**31 - 1), min_size=n, max_size=n)
+  scalars = st.floats(width=32)
+  extras = st.dictionaries(st.text("abc.", min_size=1, max_size=4), scalars | floats, max_size=2)
   return Experience(
     tokens=draw(ints),
     action_mask=draw(st.lists(st.booleans(), min_size=n, max_size=n)),
@@ -43,13 +45,7 @@ def experiences(draw):
     messages=draw(st.lists(st.dictionaries(st.text(max_size=4), _JSON, max_size=2), max_size=2)),
     metrics=draw(st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False), max_size=3)),
     info=draw(st.dictionaries(st.text(max_size=5), _JSON, max_size=3)),
-    extras={
-      k: np.asarray(v, np.float32)
-      for k, v in draw(
-        st.dictionaries(st.text("abc.", min_size=1, max_size=4), st.floats(width=32) | floats,
-                        max_size=2)
-      ).items()  # fmt: skip
-    },
+    extras={k: np.asarray(v, np.float32) for k, v in draw(extras).items()},
   )
 
 

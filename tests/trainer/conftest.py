@@ -28,14 +28,14 @@ MODEL = ModelConfig(
 MAX_RESPONSE = 16
 
 
-def make_experience(rng, length, prompt, *, id=(1, 0, 0, 0), reward=0.0, version=0, temperature=1.0):
+def make_experience(rng, length, prompt, *, id=(1, 0, 0, 0), reward=0.0, temperature=1.0):
   """A sequence of random tokens whose log-probs are near those of an untrained model."""
   mask = np.arange(length) >= prompt
   return Experience(
     tokens=rng.integers(0, MODEL.vocab_size, length),
     action_mask=mask,
     logprobs=np.where(mask, -np.log(MODEL.vocab_size) + 0.3 * rng.normal(size=length), 0.0),
-    versions=np.where(mask, version, -1),
+    versions=np.where(mask, 0, -1),
     id=ExperienceId(*id),
     reward=reward,
     temperature=temperature,
@@ -55,12 +55,13 @@ def make_experiences(seed=0, groups=4, size=3, low=9, high=16):
           reward=float(rng.integers(0, 3)), temperature=(1.0, 0.7)[g % 2],
         )
       )  # fmt: skip
-  out[2 * size - 1] = Experience.failed(ExperienceId(1, 1, size - 1, 0), StopReason.ERROR, {})
+  if groups > 1:
+    out[2 * size - 1] = Experience.failed(ExperienceId(1, 1, size - 1, 0), StopReason.ERROR, {})
   return out
 
 
 def pack_with_reference(experiences, spec):
-  """Packs; reference log-probs are a function of the behaviour's, so that splits cannot move them."""
+  """Packs; reference log-probs are a function of the behaviour's, so no split can move them."""
   batch = pack(experiences, spec)
   reference = np.where(batch.action_mask, 0.9 * batch.logprobs - 0.3, 0).astype(np.float32)
   return dataclasses.replace(batch, ref_logprobs=reference)

@@ -108,7 +108,7 @@ def test_a_score_may_come_before_its_checkpoint(tmp_path, make_state):
 def test_an_older_step_is_not_dropped_silently(tmp_path, make_state):
   checkpoints = Checkpointer(tmp_path, keep=2)
   checkpoints.save(10, make_state(), {})
-  with pytest.raises(RunFailed, match="did not take a checkpoint of step 5: its newest is of step 10"):
+  with pytest.raises(RunFailed, match="not take a checkpoint of step 5: its newest is of step 10"):
     checkpoints.save(5, make_state(), {})
   checkpoints.close()
 
