@@ -86,6 +86,8 @@ _TEXT: dict[str, str] = {
   """,
   "buffer": """
     frac_reward_zero_std | fraction | groups whose rewards are all equal: no gradient from them
+    groups_zero_std | groups | their number
+    groups_of_one | groups | groups with one valid run, which have nothing to compare with
     group/count | groups | groups of this step
     group/solve_all | fraction | groups in which every run got the full reward
     group/solve_none | fraction | groups in which no run got any reward
@@ -111,6 +113,7 @@ _TEXT: dict[str, str] = {
     kl_loss | nats | KL part of the loss, with its coefficient
     entropy_loss | nats | entropy part of the loss, with its coefficient
     sft_loss | nats/token | negative log-likelihood of the demonstrations
+    nll | nats/token | negative log-likelihood of the tokens trained on, whatever their weight
     token_accuracy | fraction | demonstration tokens that are the policy's argmax
     entropy | nats/token | entropy of the policy
     ppo_kl | nats/token | k1 estimate of KL(behaviour, policy)
