@@ -128,3 +128,17 @@ def test_dimension_that_does_not_divide():
   odd = ModelConfig("llama", 65, 32, 2, 4, 4, 8, 48)
   with pytest.raises(UserError, match=r"embed \(65, 32\): vocab = 65 does not divide"):
     sharding.param_shardings(odd, sharding.make_mesh(1, 4, 2))
+
+
+def test_constrain_is_a_hint_inside_a_mesh():
+  x = jnp.ones((8, 6))
+  assert sharding.constrain(x, ("batch", None)) is x
+  mesh = sharding.make_mesh(2, 2, 2)
+  pin = lambda axes, x: jax.jit(lambda x: sharding.constrain(x, axes))(x).sharding  # noqa: E731
+  with jax.set_mesh(mesh):
+    want = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+    assert pin(("batch", "whole"), x).is_equivalent_to(want, 2)
+    # Three rows do not divide over four devices: left alone, not refused.
+    assert pin(("batch", None), x[:3]).is_fully_replicated
+    with pytest.raises(UserError, match="no sharding rule"):
+      sharding.constrain(x, ("rows", None))

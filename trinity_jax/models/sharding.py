@@ -31,6 +31,7 @@ RULES: Rules = {
   "mlp": "tensor",
   "norm": None,
   "batch": ("data", "fsdp"),
+  "whole": None,
 }
 
 
@@ -122,18 +123,22 @@ def _names(entry: Any) -> tuple[str, ...]:
 def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES) -> jax.Array:
   """Pins the layout of an intermediate value inside `with jax.set_mesh(mesh)`; else returns x.
 
-  It is a hint for the compiler and never changes a value; a dimension that does not divide, or
-  whose mesh axes the mesh lacks, is left to the compiler.
+  It is a hint for the compiler and never changes a value. Left to the compiler: a dimension whose
+  axis is None, one that does not divide, one whose mesh axes the mesh lacks.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
 
-  def entry(size: int, names: Any) -> Any:
+  def entry(size: int, axis: str | None, names: Any) -> Any:
+    if axis is None:
+      return PartitionSpec.UNCONSTRAINED
+    if names is None:
+      return None
     names = tuple(name for name in _names(names) if name in mesh.shape)
     parts = math.prod(mesh.shape[name] for name in names)
     return names if names and size % parts == 0 else PartitionSpec.UNCONSTRAINED
 
   wanted = partition_spec(axes, rules)
-  spec = PartitionSpec(*(entry(size, names) for size, names in zip(x.shape, wanted)))
+  spec = PartitionSpec(*map(entry, x.shape, axes, wanted))
   return jax.lax.with_sharding_constraint(x, spec)

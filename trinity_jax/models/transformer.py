@@ -179,7 +179,8 @@ def _scan_layers(
 
 def _embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
   with jax.named_scope("embed"):
-    table = params["embed"]
+    # Rows are gathered by the batch's devices, so the width must not be split over them.
+    table = constrain(params["embed"], ("vocab", "whole"))
     return table[tokens].astype(dtype or table.dtype)
 
 
