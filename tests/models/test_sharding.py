@@ -134,7 +134,7 @@ def test_constrain_is_a_hint_inside_a_mesh():
   x = jnp.ones((8, 6))
   assert sharding.constrain(x, ("batch", None)) is x
   mesh = sharding.make_mesh(2, 2, 2)
-  pin = lambda axes, x: jax.jit(lambda x: sharding.constrain(x, axes))(x).sharding  # noqa: E731
+  pin = lambda axes, x: jax.jit(lambda x: sharding.constrain(x, axes))(x).sharding
   with jax.set_mesh(mesh):
     want = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
     assert pin(("batch", "whole"), x).is_equivalent_to(want, 2)
