@@ -81,8 +81,13 @@ def example(**changes) -> Experience:
 def test_strided_arrays_and_numpy_numbers():
   """safetensors writes the memory behind a view; what we write are its elements."""
   wide = np.arange(8, dtype=np.int32)
-  e = example(tokens=wide[::2], versions=wide[::-2], reward=np.float32(0.5),
-              metrics={"x": np.float32(2)}, extras={"t": np.arange(6.0).reshape(2, 3).T})  # fmt: skip
+  e = example(
+    tokens=wide[::2],
+    versions=wide[::-2],
+    reward=np.float32(0.5),
+    metrics={"x": np.float32(2)},
+    extras={"t": np.arange(6.0).reshape(2, 3).T},
+  )
   read = Experience.from_bytes(e.to_bytes())
   assert read.tokens.tolist() == [0, 2, 4, 6] and read.versions.tolist() == [7, 5, 3, 1]
   assert read.extras["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -99,7 +104,7 @@ def test_failed_run():
 @given(st.data())
 @FAST
 def test_damaged_bytes(data):
-  """Cut, flipped or overwritten: refused as damaged, or (a flipped value) still an Experience."""
+  """Cut, flipped or overwritten: refused as damaged, or (a changed value) an Experience."""
   raw = bytearray(example(extras={"w": np.ones(4, np.float32)}).to_bytes())
   kind = data.draw(st.sampled_from(["cut", "flip", "overwrite"]))
   if kind == "cut":

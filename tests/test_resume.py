@@ -191,8 +191,9 @@ def test_a_run_that_blows_up_stops_with_its_batch_saved(tmp_path):
   """Learning rate 1e30: three non-finite steps in a row, exit code 3, the batch readable."""
   from trinity_jax.experience import Experience
 
-  config = SHORT.replace('"trainer.save_interval": 5,',
-                         '"trainer.save_interval": 5, "optimizer.learning_rate": 1e30,')  # fmt: skip
+  interval = '"trainer.save_interval": 5,'
+  config = SHORT.replace(interval, interval + ' "optimizer.learning_rate": 1e30,')
+  assert config != SHORT
   run = Run(tmp_path / "x", config)
   assert run.start().wait(900) == 3
   log = run._log.read_text()
