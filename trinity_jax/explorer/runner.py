@@ -164,8 +164,9 @@ def read_reward(reward: Reward) -> Score | None:
   """
   if reward is None:
     return None
-  parts = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
-  for name, value in parts.items():
+  returned: Mapping[str, Any] = reward if isinstance(reward, Mapping) else {"reward": reward}
+  parts: dict[str, float] = {}
+  for name, value in returned.items():
     try:
       parts[name] = float(value)
     except (TypeError, ValueError):

@@ -124,7 +124,7 @@ class Model:
     """One turn of a dialogue as text: renders the template once, returns the response's text."""
     tokens = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     response = await self.generate(tokens)
-    self.text = self.tokenizer.decode(response)
+    self.text = self.tokenizer.decode(response.tolist())
     self.messages = [*map(dict, messages), {"role": "assistant", "content": self.text}]
     return self.text
 

@@ -76,7 +76,7 @@ class Programs:
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._slots = NamedSharding(mesh, PartitionSpec(SLOTS))
     self._param_shardings = param_shardings
-    self._compiled: dict[tuple, Any] = {}
+    self._compiled: dict[Any, Any] = {}
 
   def warmup(self, params: Any) -> None:
     """Compiles every program; afterwards a call compiles nothing."""

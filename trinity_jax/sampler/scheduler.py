@@ -268,9 +268,10 @@ class Sampler:
     mask = np.array([s is not None and s.future in cancelled for s in self._slots])
     if mask.any():
       self._state = self._programs.release(self._state, mask)
-      for i in np.flatnonzero(mask):
-        dropped.append(self._slots[i].future)
-        self._slots[i] = None
+      for i, slot in enumerate(self._slots):
+        if slot is not None and mask[i]:
+          dropped.append(slot.future)
+          self._slots[i] = None
     for future in dropped:
       self._resolve(future, Completion(*_NOTHING, StopReason.ABORTED))
 
@@ -335,7 +336,7 @@ class Sampler:
     """Books progress and resolves the futures of ended sequences."""
     s = self._state
     active, generated, reason = jax.device_get((s.active, s.generated, s.stop_reason))
-    done = [i for i, slot in enumerate(self._slots) if slot and not active[i]]
+    done = [(i, slot) for i, slot in enumerate(self._slots) if slot and not active[i]]
     longest = 0
     for i, slot in enumerate(self._slots):
       if slot:
@@ -349,12 +350,13 @@ class Sampler:
     if not done:
       return
     tokens, logprobs, versions = jax.device_get((s.tokens, s.logprobs, s.versions))
-    for i in done:
-      slot, n = self._slots[i], int(generated[i])
+    for i, slot in done:
+      n = int(generated[i])
       self._slots[i] = None
       self.stats["sampled_tokens"] += n
-      rows = (x[i, :n].copy() for x in (tokens, logprobs, versions))
-      self._resolve(slot.future, Completion(*rows, StopReason(int(reason[i]))))
+      rows = [x[i, :n].copy() for x in (tokens, logprobs, versions)]
+      answer = Completion(rows[0], rows[1], rows[2], StopReason(int(reason[i])))
+      self._resolve(slot.future, answer)
 
   def _resolve(self, future: Future, completion: Completion) -> None:
     with self._changed:
