@@ -31,10 +31,10 @@ quickstart: $(VENV)/.run
 	$(PY) launch/main.py --config=configs/quickstart.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -m 'not slow and not nightly'
+	$(PY) -m pytest -m 'not slow and not nightly and not aot'
 
 slow: $(VENV)/.dev
-	$(PY) -m pytest -m 'slow and not nightly' --timeout=2700
+	$(PY) -m pytest -m 'slow and not nightly and not aot' --timeout=2700
 
 nightly: $(VENV)/.dev
 	$(PY) -m pytest --timeout=86400

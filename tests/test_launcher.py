@@ -184,3 +184,17 @@ def test_root_cause_and_suggestion():
   assert root_cause(mixed) is mixed and root_cause(inner) is inner
   assert suggestion("traner", ["trainer", "x"]) == "; did you mean 'trainer'?"
   assert suggestion("zzz", ["b", "a"]) == "; known: a, b"
+
+
+def test_gpu_check_checks(monkeypatch, capsys):
+  """Its comparisons hold on the CPU too; without an accelerator it says so and fails."""
+  import importlib.util
+
+  spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "launch" / "gpu_check.py")
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert "relative gradient difference" in module.check_linear_logprob()
+  assert "largest difference" in module.check_attention()
+  assert module.main() == 1
+  assert "no accelerator" in capsys.readouterr().err
