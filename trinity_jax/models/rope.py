@@ -93,6 +93,8 @@ def tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Ar
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates x[..., H, A] by tables [..., A / 2]; pairs are (i, i + A / 2), arithmetic in fp32."""
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[..., None, :], sin[..., None, :]
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  # Over whole heads, because XLA:CPU does not vectorise the halves when it fuses them onwards.
+  cos = jnp.concatenate([cos, cos], axis=-1)[..., None, :]
+  sin = jnp.concatenate([-sin, sin], axis=-1)[..., None, :]
+  y = x.astype(jnp.float32)
+  return (y * cos + jnp.roll(y, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
