@@ -75,7 +75,7 @@ class TasksetConfig:
 class ExplorerConfig:
   batch_size: int = key(8, "Tasks per explorer step.", low=1)
   group_size: int = key(8, "Runs per task.", low=1)
-  run_timeout: float = key(1800.0, "Seconds one run may take before it is cancelled.", above=0)
+  run_timeout: float = key(1800.0, "Seconds one run may take, its time in the sampler not counted.", above=0)
   max_retries: int = key(1, "How often a run that raised is tried again.", low=0)
   max_failed_steps: int = key(
     3, "Steps in a row in which every run failed before the program stops.", low=1

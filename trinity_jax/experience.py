@@ -57,7 +57,6 @@ class Task:
     truth: what a verifier compares with ("" when there is none).
     response: a demonstration (supervised training only), else None.
     taskset: name of the taskset it came from.
-    workflow: name of the workflow, or "module:function"; "" means the taskset's default.
     is_eval: evaluated, never trained on.
     raw: the whole row as read.
   """
@@ -67,7 +66,6 @@ class Task:
   truth: str = ""
   response: str | None = None
   taskset: str = "train"
-  workflow: str = ""
   is_eval: bool = False
   raw: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -72,7 +72,7 @@ class Programs:
     self.prompt_lengths, self.prompt_counts = prompt_lengths, prompt_counts
     self.live_lengths = live_lengths
     self.state_shardings = state_shardings(spec, mesh)
-    self._launch = launch
+    self._launch, self._mesh = launch, mesh
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._slots = NamedSharding(mesh, PartitionSpec(SLOTS))
     self._param_shardings = param_shardings
@@ -80,6 +80,10 @@ class Programs:
 
   def warmup(self, params: Any) -> None:
     """Compiles every program; afterwards a call compiles nothing."""
+    with jax.set_mesh(self._mesh):  # for the layout hints inside the model
+      self._compile(params)
+
+  def _compile(self, params: Any) -> None:
     spec, rep, state_sh = self.spec, self._replicated, self.state_shardings
     par = self._param_shardings
     per_slot = jax.tree.map(lambda _: self._slots, Requests.empty(1))

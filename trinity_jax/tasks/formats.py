@@ -79,7 +79,7 @@ def to_task(row: Row, index: int, config: TasksetConfig, *, is_eval: bool = Fals
   Args:
     row: the record.
     index: its place in the taskset, the task's identity.
-    config: names of the fields (`prompt_key`, ...), system prompt, workflow.
+    config: names of the fields (`prompt_key`, ...), system prompt.
     is_eval: the task is evaluated, never trained on.
 
   Raises:
@@ -91,7 +91,6 @@ def to_task(row: Row, index: int, config: TasksetConfig, *, is_eval: bool = Fals
     truth=_truth(row, config.truth_key),
     response=_response(row, config.response_key),
     taskset=config.name,
-    workflow=config.workflow,
     is_eval=is_eval,
     raw=row.data,
   )

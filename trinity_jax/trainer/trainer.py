@@ -100,14 +100,16 @@ class Trainer:
         num_groups=self._num_groups,
         max_response=self.config.sampler.max_response_length,
       )
-      self._steps[length] = compiled.lower(state, shapes).compile()
+      with jax.set_mesh(self.mesh):  # for the layout hints inside the model
+        self._steps[length] = compiled.lower(state, shapes).compile()
       scoring = jax.jit(
         lambda params, batch: train.score(params, self.policy, batch),
         in_shardings=(self._shardings.params, train.batch_shardings(batch, self.mesh)),
         out_shardings=jax.sharding.NamedSharding(self.mesh, train.ROWS),
       )
       if self._needs_score:
-        self._scores[length] = scoring.lower(state.params, shapes).compile()
+        with jax.set_mesh(self.mesh):
+          self._scores[length] = scoring.lower(state.params, shapes).compile()
     return self._steps[length], self._scores.get(length)
 
   @property
