@@ -55,7 +55,7 @@ def test_a_prompt_becomes_a_user_message():
   got = task({"prompt": "2+2=", "answer": 4, "more": [1]}, name="sums", is_eval=True)
   assert got.messages == ({"role": "user", "content": "2+2="},)
   assert (got.index, got.truth, got.response, got.taskset) == (3, "4", None, "sums")
-  assert got.is_eval and got.workflow == "single_turn"
+  assert got.is_eval
   assert got.raw == {"prompt": "2+2=", "answer": 4, "more": [1]}
 
 
