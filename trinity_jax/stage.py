@@ -39,7 +39,7 @@ from trinity_jax.monitor.metrics import reduce_metrics
 from trinity_jax.monitor.progress import Progress, Sample
 from trinity_jax.monitor.summary import peak_rss_mb, rss_mb
 from trinity_jax.monitor.timeline import Timeline
-from trinity_jax.monitor.writers import FILE, Writers, make_writers, read_jsonl
+from trinity_jax.monitor.writers import FILE, make_writers, read_jsonl
 from trinity_jax.sampler.cache import buckets
 from trinity_jax.sampler.engine import EngineSpec
 from trinity_jax.sampler.programs import Programs
@@ -246,9 +246,13 @@ class Stage:
       "taskset": self._cursor_after(step),
       "terms": terms_of_exactness(self.mesh),
     }
+    was_warm = self.compiles.warm
+    self.compiles.mark_cold()  # on several devices Orbax cuts replicas with programs of its own
     self.checkpoints.save(step, self.trainer.state, meta)
     if self.config.trainer.save_hf == "always":
       self.save_model()
+    if was_warm:
+      self.compiles.mark_warm()
 
   def _cursor_after(self, step: int) -> dict[str, Any]:
     """Where the taskset stands when the groups of `step` have been taken (the explorer may be
@@ -503,9 +507,8 @@ class Demonstrations(Source):
 
 def policy_of(config: Config, model: ModelConfig) -> Policy:
   """How train steps evaluate the model."""
-  return Policy(
-    model, jnp.dtype(config.model.dtype), config.model.remat, config.model.unroll or model.num_layers
-  )
+  m = config.model
+  return Policy(model, jnp.dtype(m.dtype), m.remat, m.unroll or model.num_layers)
 
 
 def make_programs(config: Config, model: ModelConfig, mesh: Mesh, layout, launch) -> Programs:
