@@ -138,7 +138,7 @@ def _whole_forward(hidden, weight, targets, mask, temperature, softcap):
 
 def _whole_first(*args):
   *primals, softcap = args
-  return _whole_forward(*(x.value for x in primals), softcap)
+  return _whole_forward(*[*(x.value for x in primals), softcap])
 
 
 def _whole_backward(softcap, saved, cotangents):
@@ -193,7 +193,7 @@ def _chunked_forward(hidden, weight, targets, mask, temperature, softcap, chunk)
 
 def _chunked_first(*args):
   *primals, softcap, chunk = args
-  return _chunked_forward(*(x.value for x in primals), softcap, chunk)
+  return _chunked_forward(*[*(x.value for x in primals), softcap, chunk])
 
 
 def _chunked_backward(softcap, chunk, saved, cotangents):

@@ -78,7 +78,7 @@ def test_hand_computed():
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
-  "count,vocabulary,chunk", [(7, 11, None), (13, 17, 4), (16, 8, 8), (1, 5, None), (9, 33, 1)]
+  "count,vocabulary,chunk", [(7, 11, None), (13, 17, 4), (16, 8, 8), (1, 5, None)]
 )
 def test_float64_values_and_gradients(count, vocabulary, chunk, softcap):
   with jax.enable_x64(True):
@@ -99,7 +99,7 @@ def test_gradient_matches_finite_differences():
     h, w, y, m, t = inputs(3, 5, 4, 7, dtype=np.float64)
     c = np.random.default_rng(2).normal(size=(3, 5))
     loss = scalar(functools.partial(xla.linear_logprob, chunk=2), c, y, m, t, 2.0)
-    check_grads(loss, (jnp.asarray(h), jnp.asarray(w)), order=1, modes=["rev"])
+    check_grads(jax.jit(loss), (jnp.asarray(h), jnp.asarray(w)), order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize("only", [0, 1, 2])
@@ -108,17 +108,18 @@ def test_one_output_used(only):
   h, w, y, m, t = inputs(4, 12, 6, 20)
 
   def grad(f):
-    loss = jax.jit(lambda h, w: jnp.sum(f(h, w, y, m, t, softcap=None)[only] ** 2))
-    return jax.grad(loss, (0, 1))(h, w)
+    return jax.jit(
+      jax.grad(lambda h, w: jnp.sum(f(h, w, y, m, t, softcap=None)[only] ** 2), (0, 1))
+    )(h, w)
 
   expected = grad(reference.linear_logprob)
-  for chunk in (5, None):
+  for chunk in (5, 12):
     got = grad(functools.partial(xla.linear_logprob, chunk=chunk))
     for a, b in zip(got, expected):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=30, derandomize=True)
 @given(st.data())
 def test_property_float32(data):
   count, vocabulary, chunk, softcap = data.draw(
@@ -139,6 +140,7 @@ def test_property_float32(data):
   size = max(1.0, scale)
   np.testing.assert_allclose(got, exact, rtol=3e-6, atol=2e-5 * size)
   for x, z in zip(grads, exact_grads):
+    x, z = np.asarray(x), np.asarray(z)
     assert np.linalg.norm(x - z) <= 2e-5 * size * max(1.0, np.linalg.norm(z))
 
 

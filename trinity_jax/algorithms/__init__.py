@@ -81,6 +81,7 @@ def policy_loss(
     mask = jnp.asarray(mask, bool)
     if sequence_index is None:
       sequence_index, num_sequences = rows(mask)
+    assert num_sequences is not None
     if advantages is not None:
       advantages = to_tokens(jnp.asarray(advantages), mask, sequence_index)
     weight = weights(

@@ -43,8 +43,9 @@ def k3(logprob: jax.Array, ref_logprob: jax.Array, mask: jax.Array | None = None
 def absolute(
   logprob: jax.Array, ref_logprob: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-  """|d|, with gradient 0 at d = 0."""
-  return jnp.abs(_difference(logprob, ref_logprob, mask))
+  """|d|, with gradient 0 at d = 0 as in torch (that of `jnp.abs` is 1 there)."""
+  d = _difference(logprob, ref_logprob, mask)
+  return jax.lax.stop_gradient(jnp.sign(d)) * d
 
 
 KLS = {"none": none, "k1": k1, "k2": k2, "k3": k3, "abs": absolute}
