@@ -82,8 +82,8 @@ def weights(
     length = lengths[jnp.where(mask, sequence_index, 0)]
     return weight / (jnp.maximum(length, 1) * jnp.maximum(sequences, 1))
   if mode == "seq-mean-token-sum-norm":
-    traced = isinstance(max_length, jax.core.Tracer)
-    if max_length is None or not (traced or max_length > 0):
+    concrete = isinstance(max_length, (int, float))  # a traced one cannot be looked at
+    if max_length is None or (concrete and not max_length > 0):
       raise UserError(
         f"aggregation {mode!r} divides by a fixed length: max_length is {max_length!r}, "
         "expected a positive number (the longest response the sampler may write)"
