@@ -168,7 +168,7 @@ def main(argv: list[str]) -> int:
   debug = any(a in ("--debug", "-debug", "--debug=true") for a in argv)
   try:
     own, values = parse(argv)
-    logging.set_verbosity(own["verbosity"].value)
+    logging.set_verbosity(own["verbosity"].value or 0)
     launch(own, values)
   except Exception as error:
     cause = root_cause(error)

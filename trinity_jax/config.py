@@ -64,7 +64,7 @@ def _plain(node) -> Any:
   return node
 
 
-def base_config():
+def base_config() -> Any:
   """Returns an `ml_collections.ConfigDict` with every key at its default, to be changed in place.
 
   Values can be set, also through `--config.a.b=value`; a name that does not exist is refused with
@@ -78,7 +78,7 @@ def base_config():
   config.lock()
   for path, _, default in walk():
     if isinstance(default, dict):
-      node = config
+      node: Any = config
       for part in path.split("."):
         node = node[part]
       node.unlock()
@@ -97,7 +97,7 @@ def _check_leaf(path: str, value: Any, hint: Any, meta) -> Any:
       f"config.{path} = {value!r}: expected {kind.__name__}, got {type(value).__name__}; "
       f"set --config.{path}=... to a {kind.__name__} ({meta['doc']})"
     )
-  for i, item in enumerate(value if meta["each"] else ()):
+  for i, item in enumerate(typing.cast(tuple, value) if meta["each"] else ()):
     if not isinstance(item, meta["each"]) or (meta["each"] is int and (item is True or item < 1)):
       raise UserError(
         f"config.{path}[{i}] = {item!r}: expected "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trinity_jax.errors import UserError, suggestion
 
 
-def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None, each=None):
+def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None, each=None) -> Any:
   """A config key.
 
   Args:
@@ -75,7 +76,9 @@ class TasksetConfig:
 class ExplorerConfig:
   batch_size: int = key(8, "Tasks per explorer step.", low=1)
   group_size: int = key(8, "Runs per task.", low=1)
-  run_timeout: float = key(1800.0, "Seconds one run may take, its time in the sampler not counted.", above=0)
+  run_timeout: float = key(
+    1800.0, "Seconds one run may take, its time in the sampler not counted.", above=0
+  )
   max_retries: int = key(1, "How often a run that raised is tried again.", low=0)
   max_failed_steps: int = key(
     3, "Steps in a row in which every run failed before the program stops.", low=1
@@ -253,21 +256,26 @@ class Config:
 # --- keys by their dotted names ------------------------------------------------------------------
 
 
-def walk(cls=Config, prefix: str = ""):
+def _default(field: dataclasses.Field) -> Any:
+  factory: Any = field.default_factory
+  return field.default if factory is dataclasses.MISSING else factory()
+
+
+def walk(cls: Any = Config, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any], Any]]:
   """Yields (dotted path, metadata, default) of every leaf key."""
   for f in dataclasses.fields(cls):
-    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    default = _default(f)
     if dataclasses.is_dataclass(default):
       yield from walk(type(default), f"{prefix}{f.name}.")
     else:
       yield f"{prefix}{f.name}", f.metadata, default
 
 
-def defaults(cls=Config) -> dict[str, Any]:
+def defaults(cls: Any = Config) -> dict[str, Any]:
   """Nested dict of every key's default."""
   out = {}
   for f in dataclasses.fields(cls):
-    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+    default = _default(f)
     out[f.name] = defaults(type(default)) if dataclasses.is_dataclass(default) else default
   return out
 

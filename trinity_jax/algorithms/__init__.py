@@ -38,6 +38,7 @@ from trinity_jax.algorithms.kl import KLS
 from trinity_jax.algorithms.numerics import rows
 from trinity_jax.algorithms.parts import INPUTS, resolve
 from trinity_jax.algorithms.policy_losses import POLICY_LOSSES
+from trinity_jax.errors import UserError
 
 __all__ = [
   "INPUTS",
@@ -81,7 +82,8 @@ def policy_loss(
     mask = jnp.asarray(mask, bool)
     if sequence_index is None:
       sequence_index, num_sequences = rows(mask)
-    assert num_sequences is not None
+    if num_sequences is None:
+      raise UserError("sequence_index is given without num_sequences; say how many there are")
     if advantages is not None:
       advantages = to_tokens(jnp.asarray(advantages), mask, sequence_index)
     weight = weights(

@@ -78,19 +78,20 @@ class Progress:
     self._before: dict[str, str] = {}  # prompt -> last response
     self._samples: list[tuple[Sample, str | None]] = []
     self._step, self._total, self._live = 0, 0, None
-    self._mode, self._console = mode, console
+    self._mode = mode
+    self._console: Any = console
     if mode == "none":
       return
-    if console is None:
-      self._console = console = _console(mode)
+    out: Any = _console(mode) if console is None else console
+    self._console = out
     # Rich ends the process when the reader of its output has gone; a run must outlive its view.
-    console.on_broken_pipe = _broken_pipe
-    draws = console.encoding.lower().startswith("utf")
+    out.on_broken_pipe = _broken_pipe
+    draws = out.encoding.lower().startswith("utf")
     if mode == "auto":
-      able = console.is_terminal and not console.is_dumb_terminal and console.width >= 20
+      able = out.is_terminal and not out.is_dumb_terminal and out.width >= 20
       self._mode = "live" if able and draws else "plain"
     elif mode == "live" and not draws:
-      log.warning("progress is plain: the output's encoding %s has no bars", console.encoding)
+      log.warning("progress is plain: the output's encoding %s has no bars", out.encoding)
       self._mode = "plain"
     if self._mode == "live":
       self._attempt(self._start_live)
@@ -291,7 +292,7 @@ class _Lines:
     self.on_broken_pipe: Callable[[], None] = _broken_pipe
 
 
-def _console(mode: str) -> Any:
+def _console(mode: str) -> Console | _Lines:
   """A rich Console on stdout; for plain lines rich is not needed.
 
   Raises:

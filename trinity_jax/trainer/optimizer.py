@@ -34,7 +34,9 @@ def decay_mask(specs) -> object:
   )
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, specs) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, total_steps: int, specs
+) -> optax.GradientTransformation:
   """Returns clip-by-global-norm followed by AdamW (Loshchilov & Hutter 2019) or SGD.
 
   Args:

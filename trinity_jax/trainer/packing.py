@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def pack(
       raise UserError(f"experience {e.id}: its first token is an action; give it a prompt token")
   row_length, rows = choose_row_length([len(e.tokens) for e in experiences], spec)
   shape = (spec.micros * spec.rows, row_length)
-  fields = {
+  fields: dict[str, Any] = {
     "tokens": np.zeros(shape, np.int32),
     "positions": np.zeros(shape, np.int32),
     "segment_ids": np.zeros(shape, np.int32),
@@ -134,7 +135,7 @@ def pack(
   )
 
 
-def _sequence_fields(experiences, size: int, pairs) -> dict[str, np.ndarray]:
+def _sequence_fields(experiences, size: int, pairs) -> dict[str, Any]:
   """The [N] table: one entry per experience, in the order given."""
   groups: dict[tuple[int, int], int] = {}
   table = {

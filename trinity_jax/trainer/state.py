@@ -26,9 +26,9 @@ class TrainState:
 
   params: Any
   opt_state: Any
-  step: jax.Array
-  nonfinite: jax.Array
-  skipped: jax.Array
+  step: Any
+  nonfinite: Any
+  skipped: Any
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -59,7 +59,7 @@ class Trainer:
     self._num_groups = self.spec.sequences
     specs = transformer.abstract(policy.config)
     self._optimizer = make_optimizer(config.optimizer, config.trainer.total_steps, specs)
-    self._rate = learning_rate(config.optimizer, config.trainer.total_steps)
+    self._rate: Any = learning_rate(config.optimizer, config.trainer.total_steps)
     shardings = jax.tree.map(lambda p: p.sharding, params)
     self._reference = None
     if algorithm.needs_reference:
@@ -84,7 +84,7 @@ class Trainer:
     if self._lagging:
       self._as_trained  # noqa: B018  compiled on first use
 
-  def _programs(self, batch: Batch):
+  def _programs(self, batch: Batch) -> tuple[Any, Any]:
     """(train step, score) for the batch's row length; compiled on first use."""
     length = batch.tokens.shape[-1]
     if length not in self._steps:
