@@ -94,7 +94,7 @@ def step_config(model: Path, size: str) -> Any:
   c.sampler.prompt_buckets, c.sampler.prefill_batches = (MAX_PROMPT,), (PROMPTS,)
   c.sampler.steps_per_dispatch = NEW_TOKENS
   c.sampler.cache_buckets = (MAX_PROMPT + NEW_TOKENS,)
-  c.trainer.rows_per_micro = {"s": 32, "m": 32}[size]
+  c.trainer.rows_per_micro = 16
   c.algorithm.kl_coef = 0.0
   c.optimizer.learning_rate = 1e-4
   return resolve(c)
@@ -116,7 +116,7 @@ class GrpoStep:
     import jax
     import jax.numpy as jnp
 
-    from trinity_jax import stage
+    from trinity_jax import build
     from trinity_jax.algorithms.algorithm import make
     from trinity_jax.launch_order import LaunchOrder
     from trinity_jax.models import hf, sharding
@@ -132,12 +132,12 @@ class GrpoStep:
     layout = sharding.param_shardings(model, mesh)
     params, _ = hf.load(folder, dtype=jnp.float32, shardings=layout)
     launch = LaunchOrder(mesh)
-    self.programs = stage.make_programs(c, model, mesh, layout, launch)
+    self.programs = build.make_programs(c, model, mesh, layout, launch)
     self.sampler = Sampler(
       self.programs, steps_per_dispatch=NEW_TOKENS, refill_fraction=1.0, deterministic=True
     )
     self.trainer = Trainer(
-      c, make(c.algorithm), stage.policy_of(c, model), params, mesh, launch
+      c, make(c.algorithm), build.policy_of(c, model), params, mesh, launch
     )
     self.copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p))
     self.programs.warmup(params)
@@ -175,7 +175,7 @@ class GrpoStep:
       done = future.result()
       self.sampler.leave()
       prompt, n = encoded[i.task], len(done.tokens)
-      pad = lambda x, fill: np.concatenate([np.full(len(prompt), fill), x])
+      pad = lambda x, fill, prompt=prompt: np.concatenate([np.full(len(prompt), fill), x])
       out.append(
         Experience(
           tokens=np.concatenate([prompt, done.tokens]),
@@ -267,11 +267,14 @@ def our_step(size: str, folder: Path) -> list[Row]:
 
 def peer_steps(size: str, ours: Sequence[Row]) -> list[Row]:
   """Runs each peer's script in its own environment, one after the other."""
+  if not _PEERS.value or not _ENVS.value:
+    sys.exit("error: --peers and --peer_envs go together")
   scripts = Path(_PEERS.value).absolute()
+  environments = Path(_ENVS.value).absolute()
   found = {r.name: r for r in ours}
   rows = []
   for name, (env, command) in PEERS.items():
-    python = Path(_ENVS.value).absolute() / env / "bin" / "python"
+    python = environments / env / "bin" / "python"
     call = [str(python), *command, "--size", size, "--steps", str(_REPEATS.value + 2)]
     environment = {**os.environ}
     if _MODELS.value:

@@ -62,8 +62,8 @@ def test_train_step(parts):
   import numpy as np
 
   from trinity_jax.algorithms.algorithm import make
+  from trinity_jax.build import policy_of
   from trinity_jax.models.params import abstract
-  from trinity_jax.stage import policy_of
   from trinity_jax.trainer import state as state_lib
   from trinity_jax.trainer import step as train
   from trinity_jax.trainer.optimizer import make_optimizer
@@ -100,7 +100,7 @@ def test_decode_and_prefill(parts):
   import jax
   import jax.numpy as jnp
 
-  from trinity_jax.stage import make_programs
+  from trinity_jax.build import make_programs
 
   config, model, mesh, layout, shapes = parts
   programs = make_programs(config, model, mesh, layout, None)  # type: ignore[arg-type]

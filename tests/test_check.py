@@ -99,7 +99,7 @@ def test_memory_is_that_of_the_shards():
     c = dataclasses.replace(stage, **dict(changes))
     grid = sharding.make_mesh(**mesh)
     layout = sharding.param_shardings(model, grid)
-    programs = check_lib.parts.make_programs(c, model, grid, layout, None)
+    programs = check_lib.build.make_programs(c, model, grid, layout, None)
     return memory_per_device(c, model, grid, layout, programs, pack_spec(c), reference=False)
 
   one = measure(data=1, devices=jax.devices()[:1])

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from trinity_jax.build import check_lag, check_rows
 from trinity_jax.config import base_config, resolve, stage_configs
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, ExperienceId, StopReason
@@ -16,8 +17,6 @@ from trinity_jax.monitor.writers import read_jsonl
 from trinity_jax.run import run
 from trinity_jax.stage import (
   StageResult,
-  check_lag,
-  check_rows,
   read_stage_result,
   samples,
   shuffled_rewards,

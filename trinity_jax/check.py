@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from trinity_jax import stage as parts
+from trinity_jax import build
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.config import Config, TasksetConfig, stage_configs
@@ -51,12 +51,12 @@ def plan(config: Config) -> Plan:
     UserError: what the run would stumble over.
   """
   algorithm = make_algorithm(config.algorithm)
-  parts.check_lag(config, algorithm)
+  build.check_lag(config, algorithm)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  parts.check_rows(config, mesh)
+  build.check_rows(config, mesh)
   model = model_config(config)
   layout = sharding.param_shardings(model, mesh)
-  programs = parts.make_programs(config, model, mesh, layout, None)  # type: ignore[arg-type]
+  programs = build.make_programs(config, model, mesh, layout, None)  # type: ignore[arg-type]
   if not algorithm.supervised:
     make_reward(config.taskset.reward, config.taskset.reward_args)
     find_workflow(config.taskset.workflow)
@@ -64,7 +64,7 @@ def plan(config: Config) -> Plan:
   taskset = load_taskset(config.taskset, seed=config.seed, require=require)
   held_out = []
   for i in range(len(config.eval.tasksets)):
-    own, tasks, _ = parts.held_out_taskset(config, i)
+    own, tasks, _ = build.held_out_taskset(config, i)
     find_workflow(own.workflow)
     held_out.append((own, tasks))
   return Plan(

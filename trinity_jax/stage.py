@@ -6,50 +6,40 @@ the stage with its own error; every wait has a deadline.
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import contextlib
 import dataclasses
 import json
-import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.config import Config, taskset_config
+from trinity_jax.config import Config
 from trinity_jax.errors import RunFailed, UserError
-from trinity_jax.experience import Experience, ExperienceId
-from trinity_jax.explorer.explorer import Explorer, rollout_metrics
-from trinity_jax.explorer.rewards import grading_counts, make_reward
+from trinity_jax.experience import Experience
+from trinity_jax.explorer.explorer import Explorer
+from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
-from trinity_jax.models.presets import ModelConfig
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.monitor.compiles import CompileCounter
-from trinity_jax.monitor.metrics import reduce_metrics
 from trinity_jax.monitor.progress import Progress, Sample
 from trinity_jax.monitor.summary import peak_rss_mb, rss_mb
 from trinity_jax.monitor.timeline import Timeline
 from trinity_jax.monitor.writers import FILE, make_writers, read_jsonl
-from trinity_jax.sampler.cache import buckets
-from trinity_jax.sampler.engine import EngineSpec
-from trinity_jax.sampler.programs import Programs
 from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.schedule import Schedule
+from trinity_jax.source import Demonstrations, Rollouts, Source
 from trinity_jax.synchronizer import Synchronizer
-from trinity_jax.tasks.demonstrations import demonstration
 from trinity_jax.tasks.taskset import load_taskset
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
-from trinity_jax.trainer.step import Policy
 from trinity_jax.trainer.trainer import Trainer
 
 WARMUP_STEPS = 2  # steps after which a compilation counts as unexpected
@@ -90,7 +80,7 @@ class Stage:
     self.schedule = Schedule(config.sync.interval, config.sync.offset)
     m = config.mesh
     self.mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
-    check_rows(config, self.mesh)
+    build.check_rows(config, self.mesh)
     self.launch = LaunchOrder(self.mesh)
     self.tokenizer = Tokenizer.load(model_path)
     self.taskset = load_taskset(
@@ -99,7 +89,7 @@ class Stage:
       require=("response",) if self.algorithm.supervised else (),
     )
     self.model = hf.load_config(model_path)
-    check_lag(config, self.algorithm)
+    build.check_lag(config, self.algorithm)
 
     layout = sharding.param_shardings(self.model, self.mesh)
     params, _ = hf.load(
@@ -116,13 +106,13 @@ class Stage:
     self.trainer = Trainer(
       config,
       self.algorithm,
-      policy_of(config, self.model),
+      build.policy_of(config, self.model),
       params,
       self.mesh,
       self.launch,
       self.synchronizer.params,
     )
-    self.programs = make_programs(config, self.model, self.mesh, layout, self.launch)
+    self.programs = build.make_programs(config, self.model, self.mesh, layout, self.launch)
     self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
     self.resumed = self._resume()
     self.writers = make_writers(
@@ -284,7 +274,7 @@ class Stage:
   def _source(self) -> Iterator[Source]:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     c = self.config
-    held_out = [held_out_taskset(c, i) for i in range(len(c.eval.tasksets))]
+    held_out = [build.held_out_taskset(c, i) for i in range(len(c.eval.tasksets))]
     if self.algorithm.supervised and not held_out:
       yield Demonstrations(self)
       return
@@ -336,245 +326,6 @@ class Stage:
       sampler.close()
 
 
-class Source:
-  """Where a stage's experiences come from, and the explorer thread beside it."""
-
-  def __init__(
-    self,
-    stage: Stage,
-    explorer: Explorer | None = None,
-    sampler: Sampler | None = None,
-    buffer: ReplayBuffer | None = None,
-  ):
-    self.stage, self.explorer, self.sampler, self.buffer = stage, explorer, sampler, buffer
-    self._thread: threading.Thread | None = None
-    self._error: BaseException | None = None
-    self._loop: asyncio.AbstractEventLoop | None = None
-    self._main: asyncio.Task | None = None
-    self._stats: dict[str, float] = {}
-    self._verdicts: dict[str, float] = {}
-
-  def sample(self) -> list[Experience]:
-    """The next optimizer step's experiences."""
-    raise NotImplementedError
-
-  def explore(self) -> Coroutine[Any, Any, None]:
-    """What the explorer's thread runs."""
-    raise NotImplementedError
-
-  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-    raise NotImplementedError
-
-  def start(self) -> None:
-    self._thread = threading.Thread(target=self._run, name="explorer", daemon=True)
-    self._thread.start()
-
-  def _run(self) -> None:
-    async def main():
-      self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
-      await self.explore()
-
-    try:
-      asyncio.run(main())
-    except BaseException as e:  # handed to the trainer, which waits on the buffer or on finish()
-      self._error = e
-      if self.buffer is not None:
-        self.buffer.close(e)
-
-  def finish(self) -> None:
-    """Waits until the explorer has done its last evaluation."""
-    if self._thread is None:
-      return
-    timeout = self.stage.config.sync.timeout
-    self._thread.join(timeout)
-    if self._thread.is_alive():
-      assert self.explorer is not None
-      raise RunFailed(
-        f"the explorer did not end within {timeout:.0f} s (sync.timeout) after the last step: "
-        f"{self.explorer.describe()}"
-      )
-    if self._error is not None:
-      raise RunFailed("the explorer failed after the last step") from self._error
-
-  def fail(self, error: BaseException) -> None:
-    """Wakes everyone who waits for the trainer."""
-    self.stage.synchronizer.close(error)
-    if self.buffer is not None:
-      self.buffer.close(error)
-
-  def close(self) -> None:
-    if self._thread is not None and self._thread.is_alive():
-      if self._loop is not None and self._main is not None:
-        with contextlib.suppress(RuntimeError):  # the loop has closed by itself meanwhile
-          self._loop.call_soon_threadsafe(self._main.cancel)
-      self._thread.join(30)
-
-
-class Rollouts(Source):
-  """Experiences sampled by the policy."""
-
-  _failed_steps = 0  # in a row
-
-  def explore(self) -> Coroutine[Any, Any, None]:
-    stage, explorer = self.stage, self.explorer
-    assert explorer is not None
-    total = stage.config.trainer.total_steps
-
-    async def go():
-      await explorer.explore(stage.start + 1, total)
-      if explorer.evaluates:
-        await explorer.evaluate_versions([total])
-
-    return go()
-
-  def sample(self) -> list[Experience]:
-    assert self.buffer is not None and self.explorer is not None
-    n = self.stage.trainer.spec.sequences
-    try:
-      found = self.buffer.sample(n, self.stage.config.sync.timeout, self.explorer.describe)
-    except RunFailed:
-      if self._error is not None:
-        raise self._error from None  # its own traceback, not the news of it
-      raise
-    self._failed_steps = 0 if any(e.num_actions for e in found) else self._failed_steps + 1
-    if self._failed_steps >= self.stage.config.explorer.max_failed_steps:
-      raise RunFailed(
-        f"every run failed in {self._failed_steps} steps in a row (explorer.max_failed_steps); of "
-        f"the last {len(found)}: {failures(found)}"
-      )
-    return found
-
-  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-    out = rollout_metrics(experiences, self.stage.config.explorer.group_size)
-    assert self.sampler is not None and self.buffer is not None
-    now = {k: float(v) for k, v in self.sampler.stats.items()}
-    new = {k: v - self._stats.get(k, 0) for k, v in now.items()}
-    self._stats = now
-    out["sampler/decode_steps"] = new["decode_steps"]
-    if new["slot_steps"]:
-      out["sampler/slot_occupancy"] = new["busy_slot_steps"] / new["slot_steps"]
-    out["queue/depth"] = len(self.buffer) / self.stage.config.explorer.group_size
-    return out | self._new_verdicts()
-
-  def _new_verdicts(self) -> dict[str, float]:
-    """What the math grader said since the last step; a failing grader shows here."""
-    c = self.stage.config
-    if "math" not in c.taskset.reward.split("+"):
-      return {}
-    now = {f"grader/{k}": float(v) for k, v in grading_counts(c.explorer.reward_workers).items()}
-    new = {k: v - self._verdicts.get(k, 0.0) for k, v in now.items()}
-    self._verdicts = now
-    return new
-
-
-class Demonstrations(Source):
-  """Experiences read from the taskset's demonstrations; the explorer only evaluates."""
-
-  def __init__(self, *args, **kwargs):
-    super().__init__(*args, **kwargs)
-    self._step = self.stage.start
-
-  def explore(self) -> Coroutine[Any, Any, None]:
-    c, start = self.stage.config, self.stage.start
-    total, every = c.trainer.total_steps, c.eval.interval
-    due = [v for v in range(start, total) if every and v % every == 0 and (v or c.eval.on_start)]
-    assert self.explorer is not None
-    return self.explorer.evaluate_versions([*due, total])
-
-  def sample(self) -> list[Experience]:
-    if self._error is not None:
-      raise self._error
-    stage, s = self.stage, self.stage.config.sampler
-    self._step += 1
-    tasks = stage.taskset.next_batch(stage.trainer.spec.sequences)
-    return [
-      demonstration(
-        task,
-        stage.tokenizer,
-        ExperienceId(self._step, i, 0, 0),
-        s.max_prompt_length,
-        s.max_response_length,
-      )
-      for i, task in enumerate(tasks)
-    ]
-
-  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-    return reduce_metrics([e.metrics for e in experiences])
-
-
-# --- parts from a config -------------------------------------------------------------------------
-
-
-def policy_of(config: Config, model: ModelConfig) -> Policy:
-  """How train steps evaluate the model."""
-  m = config.model
-  return Policy(model, jnp.dtype(m.dtype), m.remat, m.unroll or model.num_layers)
-
-
-def make_programs(config: Config, model: ModelConfig, mesh: Mesh, layout, launch) -> Programs:
-  """The sampler programs a config declares."""
-  s = config.sampler
-  cache = s.max_prompt_length + s.max_response_length
-  spec = EngineSpec(
-    model,
-    s.slots,
-    cache,
-    s.max_response_length,
-    jnp.dtype(config.model.rollout_dtype or config.model.dtype),
-    config.model.unroll or model.num_layers,
-  )
-  return Programs(
-    spec,
-    mesh,
-    layout,
-    launch,
-    prompt_lengths=buckets(s.max_prompt_length, s.prompt_buckets),
-    prompt_counts=tuple(sorted({min(n, s.slots) for n in s.prefill_batches})),
-    live_lengths=buckets(cache, s.cache_buckets, smallest=64),
-  )
-
-
-def held_out_taskset(config: Config, index: int):
-  """(config, all tasks, grade) of one evaluation taskset."""
-  own = taskset_config(config.eval.tasksets[index], f"eval.tasksets[{index}]")
-  reward = make_reward(own.reward, own.reward_args, workers=config.explorer.reward_workers)
-  tasks = load_taskset(own, seed=config.seed, is_eval=True, require=("truth",)).tasks
-  return own, tasks, lambda response, task: reward.grade(response, task.truth, task)
-
-
-def check_rows(config: Config, mesh: Mesh) -> None:
-  """Rows of a micro-batch are split over data x fsdp."""
-  over = mesh.shape["data"] * mesh.shape["fsdp"]
-  rows = config.trainer.rows_per_micro
-  if rows % over:
-    raise UserError(
-      f"config.trainer.rows_per_micro = {rows}: must be a multiple of the {over} devices of "
-      f"mesh.data x mesh.fsdp; use {-(-rows // over) * over}"
-    )
-
-
-def check_lag(config: Config, algorithm: Algorithm) -> None:
-  """Off-policy data needs an objective that knows which policy sampled it."""
-  lag = config.sync.interval + config.sync.offset - 1
-  if lag and not algorithm.supervised and not algorithm.uses_ratio:
-    raise UserError(
-      f"config.sync gives rollouts that are up to {lag} versions old, but algorithm "
-      f"{algorithm.name!r} neither clips nor corrects the ratio; use sync.interval=1 and "
-      "sync.offset=0, or policy_loss='ppo'"
-    )
-  per_step = config.explorer.batch_size * config.explorer.group_size
-  if not algorithm.supervised and config.trainer.batch_size not in (0, per_step):
-    raise UserError(
-      f"config.trainer.batch_size = {config.trainer.batch_size}: one optimizer step takes one "
-      f"explorer step of {per_step} experiences (explorer.batch_size x group_size); use 0"
-    )
-  if algorithm.needs_group and config.explorer.group_size == 1:
-    raise UserError(
-      f"config.explorer.group_size = 1: algorithm {algorithm.name!r} compares the runs of a task; "
-      "use at least 2"
-    )
-
-
 def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) -> list[Experience]:
   """The control experiment: the step's rewards, dealt out at random to its graded runs."""
   out = list(experiences)
@@ -582,13 +333,6 @@ def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) ->
   for i, j in zip(graded, np.random.default_rng((seed, step)).permutation(graded)):
     out[i] = dataclasses.replace(experiences[i], reward=experiences[j].reward)
   return out
-
-
-def failures(experiences: Sequence[Experience]) -> str:
-  """Why runs failed: how many of each stop reason, and the first error's text."""
-  count = collections.Counter(e.stop_reason.name.lower() for e in experiences)
-  first = next((e.info["error"] for e in experiences if "error" in e.info), "no error was recorded")
-  return f"{', '.join(f'{n} {reason}' for reason, n in count.most_common())}; {first}"
 
 
 def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:

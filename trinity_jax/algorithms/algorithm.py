@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from trinity_jax import plugins
 from trinity_jax.algorithms import aggregation, stats
 from trinity_jax.algorithms.advantages import ADVANTAGES
 from trinity_jax.algorithms.entropy import ENTROPIES
 from trinity_jax.algorithms.kl import KLS
-from trinity_jax.algorithms.parts import INPUTS, Part, load, resolve
+from trinity_jax.algorithms.parts import INPUTS, Part, resolve
 from trinity_jax.algorithms.policy_losses import POLICY_LOSSES
 from trinity_jax.config import AlgorithmConfig
 from trinity_jax.errors import UserError, suggestion
@@ -178,7 +179,7 @@ def find_row(name: str) -> Row:
       f"algorithm {name!r} does not exist{suggestion(name, TABLE)} (or name a function that "
       "returns a Row as 'module:function')"
     )
-  row = load(name, "algorithm")()
+  row = plugins.load(name, "algorithm")()
   if not isinstance(row, Row):
     raise UserError(f"algorithm {name!r} returned {type(row).__name__}, expected a Row")
   return row

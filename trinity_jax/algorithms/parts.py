@@ -8,11 +8,11 @@ cannot disagree with them.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from trinity_jax import plugins
 from trinity_jax.errors import UserError, suggestion
 
 # Arrays that the trainer has in any case, X = token arrays, N = per sequence, whole step.
@@ -60,24 +60,6 @@ class Part(NamedTuple):
     return self.function(**there, **self.options)
 
 
-def load(reference: str, kind: str) -> Any:
-  """Returns the object that 'module:function' names. Raises UserError if there is none."""
-  module, _, attribute = reference.partition(":")
-  try:
-    found = importlib.import_module(module)
-  except ImportError as e:
-    raise UserError(
-      f"{kind} {reference!r}: cannot import module {module!r} ({e}); it must be on PYTHONPATH"
-    ) from e
-  if not callable(getattr(found, attribute, None)):
-    names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
-    raise UserError(
-      f"{kind} {reference!r}: module {module!r} has no function {attribute!r}"
-      f"{suggestion(attribute, names)}"
-    )
-  return getattr(found, attribute)
-
-
 def resolve(
   kind: str,
   name: str,
@@ -93,7 +75,7 @@ def resolve(
   if name in registry:
     function = registry[name]
   elif ":" in name:
-    function = load(name, kind)
+    function = plugins.load(name, kind)
   else:
     raise UserError(
       f"{kind} {name!r} does not exist{suggestion(name, registry)} (or name your own function as "

@@ -1,0 +1,199 @@
+"""Where a stage's experiences come from: rollouts of the policy, or demonstrations.
+
+A source owns the explorer's thread. Its error is handed to whoever waits: the trainer at the
+buffer, or the end of the stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trinity_jax.buffer.replay import ReplayBuffer
+from trinity_jax.errors import RunFailed
+from trinity_jax.experience import Experience, ExperienceId
+from trinity_jax.explorer.explorer import Explorer, rollout_metrics
+from trinity_jax.explorer.rewards import grading_counts
+from trinity_jax.monitor.metrics import reduce_metrics
+from trinity_jax.sampler.scheduler import Sampler
+from trinity_jax.tasks.demonstrations import demonstration
+
+if TYPE_CHECKING:
+  from trinity_jax.stage import Stage
+
+
+class Source:
+  """Where a stage's experiences come from, and the explorer thread beside it."""
+
+  def __init__(
+    self,
+    stage: Stage,
+    explorer: Explorer | None = None,
+    sampler: Sampler | None = None,
+    buffer: ReplayBuffer | None = None,
+  ):
+    self.stage, self.explorer, self.sampler, self.buffer = stage, explorer, sampler, buffer
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
+    self._loop: asyncio.AbstractEventLoop | None = None
+    self._main: asyncio.Task | None = None
+    self._stats: dict[str, float] = {}
+    self._verdicts: dict[str, float] = {}
+
+  def sample(self) -> list[Experience]:
+    """The next optimizer step's experiences."""
+    raise NotImplementedError
+
+  def explore(self) -> Coroutine[Any, Any, None]:
+    """What the explorer's thread runs."""
+    raise NotImplementedError
+
+  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    raise NotImplementedError
+
+  def start(self) -> None:
+    self._thread = threading.Thread(target=self._run, name="explorer", daemon=True)
+    self._thread.start()
+
+  def _run(self) -> None:
+    async def main():
+      self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
+      await self.explore()
+
+    try:
+      asyncio.run(main())
+    except BaseException as e:  # handed to the trainer, which waits on the buffer or on finish()
+      self._error = e
+      if self.buffer is not None:
+        self.buffer.close(e)
+
+  def finish(self) -> None:
+    """Waits until the explorer has done its last evaluation."""
+    if self._thread is None:
+      return
+    timeout = self.stage.config.sync.timeout
+    self._thread.join(timeout)
+    if self._thread.is_alive():
+      assert self.explorer is not None
+      raise RunFailed(
+        f"the explorer did not end within {timeout:.0f} s (sync.timeout) after the last step: "
+        f"{self.explorer.describe()}"
+      )
+    if self._error is not None:
+      raise RunFailed("the explorer failed after the last step") from self._error
+
+  def fail(self, error: BaseException) -> None:
+    """Wakes everyone who waits for the trainer."""
+    self.stage.synchronizer.close(error)
+    if self.buffer is not None:
+      self.buffer.close(error)
+
+  def close(self) -> None:
+    if self._thread is not None and self._thread.is_alive():
+      if self._loop is not None and self._main is not None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed by itself meanwhile
+          self._loop.call_soon_threadsafe(self._main.cancel)
+      self._thread.join(30)
+
+
+class Rollouts(Source):
+  """Experiences sampled by the policy."""
+
+  _failed_steps = 0  # in a row
+
+  def explore(self) -> Coroutine[Any, Any, None]:
+    stage, explorer = self.stage, self.explorer
+    assert explorer is not None
+    total = stage.config.trainer.total_steps
+
+    async def go():
+      await explorer.explore(stage.start + 1, total)
+      if explorer.evaluates:
+        await explorer.evaluate_versions([total])
+
+    return go()
+
+  def sample(self) -> list[Experience]:
+    assert self.buffer is not None and self.explorer is not None
+    n = self.stage.trainer.spec.sequences
+    try:
+      found = self.buffer.sample(n, self.stage.config.sync.timeout, self.explorer.describe)
+    except RunFailed:
+      if self._error is not None:
+        raise self._error from None  # its own traceback, not the news of it
+      raise
+    self._failed_steps = 0 if any(e.num_actions for e in found) else self._failed_steps + 1
+    if self._failed_steps >= self.stage.config.explorer.max_failed_steps:
+      raise RunFailed(
+        f"every run failed in {self._failed_steps} steps in a row (explorer.max_failed_steps); of "
+        f"the last {len(found)}: {failures(found)}"
+      )
+    return found
+
+  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    out = rollout_metrics(experiences, self.stage.config.explorer.group_size)
+    assert self.sampler is not None and self.buffer is not None
+    now = {k: float(v) for k, v in self.sampler.stats.items()}
+    new = {k: v - self._stats.get(k, 0) for k, v in now.items()}
+    self._stats = now
+    out["sampler/decode_steps"] = new["decode_steps"]
+    if new["slot_steps"]:
+      out["sampler/slot_occupancy"] = new["busy_slot_steps"] / new["slot_steps"]
+    out["queue/depth"] = len(self.buffer) / self.stage.config.explorer.group_size
+    return out | self._new_verdicts()
+
+  def _new_verdicts(self) -> dict[str, float]:
+    """What the math grader said since the last step; a failing grader shows here."""
+    c = self.stage.config
+    if "math" not in c.taskset.reward.split("+"):
+      return {}
+    now = {f"grader/{k}": float(v) for k, v in grading_counts(c.explorer.reward_workers).items()}
+    new = {k: v - self._verdicts.get(k, 0.0) for k, v in now.items()}
+    self._verdicts = now
+    return new
+
+
+class Demonstrations(Source):
+  """Experiences read from the taskset's demonstrations; the explorer only evaluates."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._step = self.stage.start
+
+  def explore(self) -> Coroutine[Any, Any, None]:
+    c, start = self.stage.config, self.stage.start
+    total, every = c.trainer.total_steps, c.eval.interval
+    due = [v for v in range(start, total) if every and v % every == 0 and (v or c.eval.on_start)]
+    assert self.explorer is not None
+    return self.explorer.evaluate_versions([*due, total])
+
+  def sample(self) -> list[Experience]:
+    if self._error is not None:
+      raise self._error
+    stage, s = self.stage, self.stage.config.sampler
+    self._step += 1
+    tasks = stage.taskset.next_batch(stage.trainer.spec.sequences)
+    return [
+      demonstration(
+        task,
+        stage.tokenizer,
+        ExperienceId(self._step, i, 0, 0),
+        s.max_prompt_length,
+        s.max_response_length,
+      )
+      for i, task in enumerate(tasks)
+    ]
+
+  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    return reduce_metrics([e.metrics for e in experiences])
+
+
+def failures(experiences: Sequence[Experience]) -> str:
+  """Why runs failed: how many of each stop reason, and the first error's text."""
+  count = collections.Counter(e.stop_reason.name.lower() for e in experiences)
+  first = next((e.info["error"] for e in experiences if "error" in e.info), "no error was recorded")
+  return f"{', '.join(f'{n} {reason}' for reason, n in count.most_common())}; {first}"
