@@ -21,7 +21,6 @@ from trinity_jax.trainer.state import init_state
 # name: (row lengths, rows per micro-batch, sequences, mesh, order); the reference has 4 rows of 16
 ONE = (1, 1, 1)
 SPLITS = {
-  "two rows": ((16,), 2, 12, ONE, "as is"),
   "packed": ((48,), 2, 12, ONE, "as is"),
   "packed, reversed": ((48,), 2, 12, ONE, "reversed"),
   "padded": ((21,), 4, 31, ONE, "shuffled"),
@@ -124,10 +123,10 @@ def test_the_splits_differ(tools):
     experiences = _ordered(tools.make_experiences(), order)
     return tools.pack_with_reference(experiences, tools.PackSpec(lengths, rows, sequences))
 
-  assert int(packed("two rows").num_micro) == 6
+  assert int(packed("8 devices").num_micro) == 2
   assert int(packed("4 x 2 devices").num_micro) == 1
   assert packed("packed").segment_ids.max() == 4
-  assert packed("two rows").segment_ids.max() == 1
+  assert packed("8 devices").segment_ids.max() == 1
   assert packed("padded").tokens.shape[0] == 8 and int(packed("padded").num_micro) == 3
   assert packed("packed").action_mask.sum() == packed("padded").action_mask.sum()
 
@@ -320,31 +319,25 @@ def test_adamw_fed_equal_gradients(tools):
 def test_half_a_batch_runs_half_the_loop(tools):
   """The loop's bound is the number of live micro-batches: what lies behind it is never read."""
   experiences = tools.make_experiences()
-  spec = tools.PackSpec((16,), 2, 12)
+  spec = tools.PackSpec((48,), 2, 12)
   full = tools.pack_with_reference(experiences, spec)
   half = tools.pack_with_reference(experiences[:6], spec)  # 5 sequences: one run has failed
-  assert full.tokens.shape == half.tokens.shape == (6, 2, 16)
-  assert (int(full.num_micro), int(half.num_micro)) == (6, 3)
+  assert full.tokens.shape == half.tokens.shape == (6, 2, 48)
+  assert (int(full.num_micro), int(half.num_micro)) == (2, 1)
   clean = tools.whole_step(experiences[:6], spec)
-  dirty = _with_garbage(tools, half)
-  assert dirty[0] == clean.loss and np.isfinite(clean.loss)
-  for a, b in zip(jax.tree.leaves(dirty[1]), jax.tree.leaves(clean.grads), strict=True):
+  loss, grads = _with_garbage(tools, half)
+  assert loss == clean.loss and np.isfinite(clean.loss)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(clean.grads), strict=True):
     np.testing.assert_array_equal(a, b)
-  alone = tools.whole_step(experiences[:6], tools.PackSpec((16,), 2, 6))
-  assert abs(alone.loss - clean.loss) <= 1e-6 * abs(clean.loss)
-  assert_same_grads(alone.grads, clean.grads)
+  other = tools.whole_step(experiences[:6], tools.PackSpec((16,), 4, 12))
+  assert abs(other.loss - clean.loss) <= 1e-6
+  assert_same_grads(other.grads, clean.grads)
 
 
 def _with_garbage(tools, batch):
-  """Loss and gradient when dead micro-batches hold NaN log-probs under a mask that is all True.
-
-  Weights come from the clean batch: they say how much a token counts, not which loops run.
-  """
-  live = int(batch.num_micro)
-  algorithm = tools.algorithm_of("grpo")
-  clean, weights, _ = jax.device_get(
-    jax.jit(lambda b: train.prepare(algorithm, b, num_groups=8, max_response=16))(batch)
-  )
+  """Loss and gradient when every token of the dead micro-batches is a NaN that counts."""
+  live, mesh = int(batch.num_micro), tools.mesh_of(1, 1, 1)
+  clean, weights, _ = jax.device_get(tools.prepare_program("grpo", "token-mean")(batch))
   spoil = {}
   for name in ("logprobs", "advantages", "ref_logprobs"):
     spoil[name] = np.array(getattr(clean, name))
@@ -352,7 +345,6 @@ def _with_garbage(tools, batch):
   mask, weights = np.array(clean.action_mask), np.array(weights)
   mask[live:], weights[live:] = True, np.nan
   dirty = dataclasses.replace(clean, action_mask=mask, **spoil)
-  loss, grads, *_ = jax.jit(
-    lambda p, b, w: train.loss_and_grads(p, tools.POLICY, algorithm, b, w, 0)
-  )(tools.params_on(tools.mesh_of(1, 1, 1)), dirty, weights)
+  dirty = jax.device_put(dirty, train.batch_shardings(dirty, mesh))
+  loss, grads, *_ = tools.grads_program("grpo", mesh)(tools.params_on(mesh), dirty, weights)
   return float(loss), jax.device_get(grads)
