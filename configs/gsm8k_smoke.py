@@ -13,7 +13,9 @@ from trinity_jax.config import base_config
 def get_config():
   c = base_config()
   c.name = "gsm8k_smoke"
-  c.model.tiny = dict(hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, intermediate=256)
+  c.model.tiny = dict(
+    hidden=128, layers=2, heads=4, kv_heads=2, head_dim=32, intermediate=256, max_positions=2048
+  )
   c.taskset.path = "train.jsonl"
   c.taskset.prompt_key = "question"
   c.taskset.truth_key = "answer"

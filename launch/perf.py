@@ -39,7 +39,6 @@ SIZES = {
 PROMPTS, GROUP, MAX_PROMPT, NEW_TOKENS, VOCAB = 16, 8, 32, 64, 512
 PEERS = {  # name -> (environment, script and arguments; the best settings seen on 2 cores)
   "trl": ("trl", ["trl_grpo.py", "--micro", "32"]),
-  "trl, micro 128": ("trl", ["trl_grpo.py", "--micro", "128"]),
   "tunix": ("tunix", ["tunix_grpo.py", "--micro", "16"]),
 }
 
@@ -81,7 +80,7 @@ def matmul_rate(repeats: int, n: int = 2048) -> float:
 # --- one GRPO step -------------------------------------------------------------------------------
 
 
-def step_config(model: Path, size: str) -> Any:
+def step_config(model: Path) -> Any:
   """The benchmark's config: on-policy GRPO without KL, AdamW 1e-4."""
   from trinity_jax.config import base_config, resolve
 
@@ -125,7 +124,7 @@ class GrpoStep:
     from trinity_jax.trainer.trainer import Trainer
 
     start = time.perf_counter()
-    c = self.config = step_config(folder, size)
+    c = self.config = step_config(folder)
     self.tokenizer = Tokenizer.load(folder)
     model = self.model = hf.load_config(folder)
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
