@@ -2,8 +2,9 @@
 
 python launch/main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-About 2 minutes on 2 CPU cores. SFT on demonstrations of which 65 % forget the carry gives a
-held-out accuracy of 0.3 to 0.6; GRPO, which sees only the verifier's reward, passes 0.9.
+About 2 minutes on 2 CPU cores. SFT on demonstrations of which 68 % forget the carry gives a
+held-out accuracy near 0.55: sums without a carry are right. GRPO, which sees only the verifier's
+reward, passes 0.9 (curve: quickstart.png beside this file).
 """
 
 from trinity_jax.config import base_config
@@ -19,8 +20,8 @@ def get_config():
   c.taskset.reward = "arithmetic"
   c.sampler.max_prompt_length = 9
   c.sampler.max_response_length = 4
-  c.sampler.slots = 512
-  c.sampler.prefill_batches = (64,)
+  c.sampler.slots = 1024
+  c.sampler.prefill_batches = (128,)
   c.sampler.prompt_buckets = (9,)
   c.sampler.cache_buckets = (13,)
   c.eval.tasksets = (
@@ -31,18 +32,22 @@ def get_config():
     {
       "name": "sft",
       "algorithm.name": "sft",
-      "taskset.generate_args": dict(split="sft", wrong_fraction=0.65, rows=100_000),
-      "trainer": dict(total_steps=300, batch_size=256, rows_per_micro=256, save_interval=100),
-      "optimizer": dict(learning_rate=1e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1),
-      "eval.interval": 50,
+      "taskset.generate_args": dict(split="sft", wrong_fraction=0.68, rows=100_000),
+      "trainer": dict(total_steps=800, batch_size=64, rows_per_micro=64, save_interval=200),
+      "optimizer": dict(
+        learning_rate=2e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
+      ),
+      "eval.interval": 100,
     },
     {
       "name": "grpo",
       "algorithm": dict(name="grpo", kl_coef=0.0),
       "taskset.generate_args": dict(split="rl"),
-      "explorer": dict(batch_size=64, group_size=8),
-      "trainer": dict(total_steps=60, rows_per_micro=128, save_interval=10),
-      "optimizer": dict(learning_rate=3e-4, warmup_steps=2),
+      "explorer": dict(batch_size=128, group_size=8),
+      "trainer": dict(total_steps=50, rows_per_micro=128, save_interval=10),
+      "optimizer": dict(
+        learning_rate=4e-4, schedule="linear", warmup_steps=5, min_ratio=0.1, beta2=0.98
+      ),
       "eval.interval": 5,
     },
   )
