@@ -26,7 +26,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.run
 
-# A tiny model learns to add: SFT on flawed demonstrations, then GRPO. About 3 minutes on 2 cores.
+# A tiny model learns to add: SFT on flawed demonstrations, then GRPO. About 2 minutes on 2 cores.
 quickstart: $(VENV)/.run
 	$(PY) launch/main.py --config=configs/quickstart.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 
