@@ -184,7 +184,9 @@ def test_some_prompts_that_do_not_fit_are_a_warning(tmp_path):
 
 
 def test_long_sequences_beyond_the_model_are_pointed_out(gsm8k):
-  text = check_lib.check(config_of("gsm8k_smoke", *gsm8k))
+  assert "beware" not in check_lib.check(config_of("gsm8k_smoke", *gsm8k))
+  short = "--config.model.tiny.max_positions=1024"
+  text = check_lib.check(config_of("gsm8k_smoke", *gsm8k, short))
   assert "beware     sequences of 1056 tokens, but the model was made for 1024" in text
 
 
