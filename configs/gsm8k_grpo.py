@@ -4,8 +4,8 @@ python launch/main.py --config=configs/gsm8k_grpo.py --workdir=runs/gsm8k \
   --config.model.path=MODEL_FOLDER --config.taskset.path=train.jsonl
 
 MODEL_FOLDER is a downloaded Qwen/Qwen2.5-1.5B-Instruct, train.jsonl the rows of openai/gsm8k
-(fields question, answer). One epoch is 78 steps of 96 tasks x 8 runs. Expected from the example it
-follows (not run here, it needs 8 accelerators): mean reward from about 0.6 to about 0.75.
+(fields question, answer). One epoch is 78 steps of 96 tasks x 8 runs. Never run so far: it needs
+accelerators, so there is no run time and no curve to compare with yet.
 """
 
 from trinity_jax.config import base_config

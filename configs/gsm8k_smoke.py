@@ -3,8 +3,8 @@
 python launch/main.py --config=configs/gsm8k_smoke.py --workdir=runs/gsm8k_smoke \
   --config.taskset.path=train.jsonl
 
-20 steps in about 3 minutes on 2 CPU cores. The model is far too small to solve anything; what
-rises is the format reward. It shows that every hop works on real prompts.
+20 steps in about 70 seconds on 2 CPU cores. The model is far too small to solve anything; the
+format reward gives it a gradient. It shows that every hop works on real prompts.
 """
 
 from trinity_jax.config import base_config
