@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
     own, values = parse(argv)
     logging.set_verbosity(own["verbosity"].value or 0)
     launch(own, values)
-  except Exception as error:
+  except Exception as error:  # threads and task groups wrap what happened: look at the root
     cause = root_cause(error)
     if isinstance(cause, RunFailed):
       traceback.print_exc()

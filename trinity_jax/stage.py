@@ -318,7 +318,7 @@ class Stage:
     source.start()
     try:
       yield source
-    except BaseException as error:
+    except BaseException as error:  # wakes the threads that wait, then goes on up
       source.fail(error)
       raise
     finally:

@@ -77,7 +77,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     # mkstemp makes 0600; give the file what an ordinary open() would have given.
     os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
     os.replace(temporary, path)
-  except BaseException:
+  except BaseException:  # leaves no half file, then goes on up
     Path(temporary).unlink(missing_ok=True)
     raise
   directory = os.open(path.parent, os.O_RDONLY)

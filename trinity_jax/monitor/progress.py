@@ -191,7 +191,7 @@ class Progress:
     failure = None
     try:
       live.stop()
-    except Exception as error:
+    except Exception as error:  # a view must not end a run: reported below
       failure = error
     finally:
       sys.stdout, sys.stderr = self._streams  # stop() may have failed before it did this

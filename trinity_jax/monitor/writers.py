@@ -327,7 +327,7 @@ def make_writers(config: Any, workdir: str | Path, *, resume_step: int | None = 
     if monitor.mlflow:
       writers.append(_set_up("monitor.mlflow", monitor.mlflow,
                              lambda: MlflowWriter(monitor.mlflow, config, workdir, name=name)))
-  except BaseException:
+  except BaseException:  # closes what is open, then goes on up
     for writer in writers:
       writer.close()
     raise
@@ -340,7 +340,7 @@ def _set_up(key: str, value: str, make: Callable[[], Writer]) -> Writer:
     return make()
   except UserError:
     raise
-  except Exception as error:
+  except Exception as error:  # each service raises its own: named by our config key
     reason = redact.redact_text(f"{type(error).__name__}: {error}".splitlines()[0])
     raise UserError(f"{key} is {redact.redact_text(value)!r} but it cannot be set up: {reason}; "
                     f"fix it or set {key}=''") from error

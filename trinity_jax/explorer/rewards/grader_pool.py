@@ -312,7 +312,7 @@ class GraderPool:
         if broken:  # what could not be loaded once will not load for the next request either
           raise broken
         grade = worker.grade(response, truth)
-      except BaseException as e:
+      except BaseException as e:  # whoever waits must hear of it, whatever it is
         broken = broken or e
         future.set_exception(e)
       else:
