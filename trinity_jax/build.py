@@ -13,9 +13,9 @@ from trinity_jax.errors import UserError
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models.presets import ModelConfig
-from trinity_jax.sampler.cache import buckets
+from trinity_jax.sampler.cache import aligned, buckets
 from trinity_jax.sampler.engine import EngineSpec
-from trinity_jax.sampler.programs import Programs
+from trinity_jax.sampler.programs import Programs, shards_of
 from trinity_jax.tasks.taskset import load_taskset
 from trinity_jax.trainer.step import Policy
 
@@ -35,19 +35,21 @@ def make_programs(
   spec = EngineSpec(
     model,
     s.slots,
-    cache,
+    aligned(buckets(cache, s.cache_buckets, smallest=64)),
     s.max_response_length,
     jnp.dtype(config.model.rollout_dtype or config.model.dtype),
-    config.model.unroll or model.num_layers,
+    jnp.dtype(s.cache_dtype) if s.cache_dtype else None,
   )
+  chunk = min(s.max_prompt_length, s.prefill_chunk)
   return Programs(
     spec,
     mesh,
     layout,
     launch,
-    prompt_lengths=buckets(s.max_prompt_length, s.prompt_buckets),
-    prompt_counts=tuple(sorted({min(n, s.slots) for n in s.prefill_batches})),
-    live_lengths=buckets(cache, s.cache_buckets, smallest=64),
+    prompt_lengths=buckets(chunk, s.prompt_buckets),
+    prompt_counts=tuple(
+      sorted({min(n, max(1, s.slots // shards_of(mesh))) for n in s.prefill_batches})
+    ),
   )
 
 

@@ -99,13 +99,22 @@ class SamplerConfig:
   )
   max_response_length: int = key(1024, "Most tokens sampled per response.", low=1)
   prompt_buckets: tuple = key(
-    (), "Prompt lengths programs are compiled for; empty means powers of two.", each=int
+    (),
+    "Chunk lengths prefills are compiled for; empty means powers of two up to prefill_chunk. "
+    "Longer prompts take several.",
+    each=int,
   )
+  prefill_chunk: int = key(1024, "Longest chunk of one prefill.", low=1)
   prefill_batches: tuple = key(
     (1, 8), "Prompts per prefill that programs are compiled for.", each=int
   )
   cache_buckets: tuple = key(
     (), "Live cache lengths decode is compiled for; empty means powers of two.", each=int
+  )
+  cache_dtype: str = key(
+    "",
+    "Dtype of the key/value cache; empty means the sampler's. int8 is scaled per entry and head.",
+    choices=("", "float32", "bfloat16", "int8"),
   )
   steps_per_dispatch: int = key(32, "Most decode steps per dispatch.", low=1)
   refill_fraction: float = key(
@@ -113,6 +122,12 @@ class SamplerConfig:
     "A dispatch returns when this share of the slots is free and requests wait.",
     low=0.0,
     high=1.0,
+  )
+  on_swap: str = key(
+    "keep",
+    "What becomes of sequences under way when weights change: decode on with the old cache (tokens "
+    "are flagged), compute the cache again, or let them end first.",
+    choices=("keep", "recompute", "drain"),
   )
   temperature: float = key(1.0, "Temperature of training rollouts.", low=0.0)
   top_p: float = key(

@@ -5,7 +5,7 @@ Axes: B rows, T row length, S slots, C cache length, H query heads, K kv heads, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from trinity_jax.errors import UserError, suggestion
 
 try:
+  from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
+    cached as _cached,
+  )
   from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
     reference as _attention_reference,
   )
@@ -27,6 +30,9 @@ except ModuleNotFoundError as error:
   raise ImportError(
     "trinity_jax.kernels is not importable: a bare clone does not run; `pip install -e .` first"
   ) from error
+
+Segment = _cached.Segment
+quantize = _cached.quantize
 
 _ATTENTION = {"reference": _attention_reference.attention, "xla": _attention_xla.attention}
 
@@ -108,20 +114,29 @@ def attention(
 
 def decode_attention(
   q: jax.Array,  # [S, H, A]
-  k: jax.Array,  # [L, S, K, C, A]
-  v: jax.Array,  # [L, S, K, C, A]
-  *,
-  layer: jax.Array,  # i32[]
-  live: int,
+  segments: Sequence[Segment],
   positions: jax.Array,  # i32[S]
+  *,
   window: int | None = None,
 ) -> jax.Array:
-  """One query per slot against entries 0..positions[s] of one layer's cache -> [S, H, A].
+  """One query per slot against cache entries 0..positions[s] of its slot -> [S, H, A]."""
+  return _cached.decode(q, segments, positions, window)
 
-  Reads the first `live` entries of each slot.
+
+def extend_attention(
+  q: jax.Array,  # [P, T, H, A]
+  segments: Sequence[Segment],
+  slots: jax.Array,  # i32[P]
+  positions: jax.Array,  # i32[P, T]
+  needed: jax.Array,  # i32[]
+  *,
+  window: int | None = None,
+) -> jax.Array:
+  """A chunk of each row against cache entries 0..position of the row's slot -> [P, T, H, A].
+
+  Entries at and beyond `needed` (traced) are not read.
   """
-  run = _attention_xla.decode
-  return run(q, k, v, layer=layer, live=live, positions=positions, window=window)
+  return _cached.extend(q, segments, slots, positions, needed, window)
 
 
 def linear_logprob(

@@ -284,6 +284,7 @@ class Stage:
       steps_per_dispatch=c.sampler.steps_per_dispatch,
       refill_fraction=c.sampler.refill_fraction,
       deterministic=c.explorer.deterministic,
+      on_swap=c.sampler.on_swap,
       span=self.timeline.span,
     )
     grade = None

@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 _NEVER = -1e30  # a finite "minus infinity": no row can turn into NaN
 
@@ -97,33 +96,3 @@ def _scores(rows, keys, positions, segment_ids, window):
     seen &= age < window
   grouped = scores.reshape(B, K, R // S, S, S)
   return jnp.where(seen[:, None, None], grouped, _NEVER).reshape(B, K, R, S)
-
-
-def decode(
-  q: jax.Array,  # [S, H, A]
-  k: jax.Array,  # [L, S, K, C, A]
-  v: jax.Array,  # [L, S, K, C, A]
-  *,
-  layer: jax.Array,  # i32[]
-  live: int,
-  positions: jax.Array,  # i32[S], position of each query = index of its own cache entry
-  window: int | None = None,
-) -> jax.Array:  # [S, H, A]
-  """One query per slot against the entries of that slot, in one layer, up to its position."""
-  S, H, A = q.shape
-  K = k.shape[2]
-
-  def entries(cache):  # [L, S, K, C, A] -> [S, K, live, A]
-    return lax.dynamic_slice(cache, (layer, 0, 0, 0, 0), (1, S, K, live, A))[0]
-
-  q = (q * (A**-0.5)).reshape(S, K, H // K, A)
-  scores = jnp.einsum("skgd,skcd->skgc", q, entries(k), preferred_element_type=jnp.float32)
-  age = positions[:, None] - jnp.arange(live, dtype=positions.dtype)[None, :]
-  seen = age >= 0
-  if window is not None:
-    seen &= age < window
-  weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _NEVER), axis=-1)
-  out = jnp.einsum(
-    "skgc,skcd->skgd", weights.astype(v.dtype), entries(v), preferred_element_type=jnp.float32
-  )
-  return out.astype(q.dtype).reshape(S, H, A)

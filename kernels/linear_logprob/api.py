@@ -32,9 +32,7 @@ def linear_logprob(
     ValueError: shapes that do not fit, an unknown implementation, a softcap that is not positive.
   """
   if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[0]:
-    raise ValueError(
-      f"hidden {hidden.shape} and weight {weight.shape}: expected [T, D] and [D, V]"
-    )
+    raise ValueError(f"hidden {hidden.shape} and weight {weight.shape}: expected [T, D] and [D, V]")
   for name, x in (("targets", targets), ("mask", mask)):
     if x.shape != hidden.shape[:1]:
       raise ValueError(f"{name} has shape {x.shape}, expected [T] = {hidden.shape[:1]}")

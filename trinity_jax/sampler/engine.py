@@ -1,39 +1,61 @@
-"""The sampler's device part: pure `prefill`, `insert`, `generate` over a fixed number of slots.
+"""The sampler's device part: pure `extend`, `copy`, `start`, `generate` over fixed slots.
 
-A slot holds one sequence being decoded. Whatever a request can ask for (temperature, top-k, stop
-tokens, limits, randomness) is a traced array of the state, so nothing recompiles. Tokens,
-log-probs and versions are collected on the device and read when a sequence has ended.
-Axis letters: S slots, C cache length, R response limit, P prompts of one prefill, T their length,
-L layers, K kv heads, A head dim, D width, V vocabulary.
+A slot holds one sequence. `extend` runs a chunk of tokens through the model behind what the slot's
+cache already holds: a whole prompt, a piece of a long one, the next turn of a dialogue, or a
+partial response that is to be continued. `copy` gives a prefix to further slots, `start` samples
+first tokens, `generate` decodes. Whatever a request can ask for (temperature, top-k, stop tokens,
+limits, randomness) is a traced array of the state, so nothing recompiles. Tokens, log-probs and
+versions are collected on the device and read when a sequence has ended.
+
+Slots are sharded over data x fsdp, kv heads over tensor. Every use of the cache is local to a
+shard: the rows of an `extend` are split like the slots, and slot numbers in its arguments count
+within the shard. Axis letters: S slots, C cache length, R response limit, P rows of one extend, T
+their length, L layers, H query heads, K kv heads, A head dim, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from trinity_jax import ops
 from trinity_jax.experience import StopReason
 from trinity_jax.models import transformer
 from trinity_jax.models.presets import ModelConfig
+from trinity_jax.sampler import cache as cache_lib
 from trinity_jax.sampler import sampling
 
 STOP_IDS = 8  # stop tokens a request may name
+SLOTS = ("data", "fsdp")  # mesh axes that slots are split over
 
 
 class EngineSpec(NamedTuple):
-  """Static shapes and dtypes of an engine."""
+  """Static shapes and dtypes of an engine.
+
+  Attributes:
+    live_lengths: cache lengths that decode is compiled for, ascending; the last is C.
+    max_response: R.
+    cache_dtype: float32, bfloat16 or int8 (scaled per entry and head); None: dtype.
+  """
 
   model: ModelConfig
   slots: int  # S
-  cache_length: int  # C = longest prompt + longest response
-  max_response: int  # R
+  live_lengths: tuple[int, ...]
+  max_response: int
   dtype: Any = jnp.float32
-  unroll: int | None = None
+  cache_dtype: Any = None
+
+  @property
+  def cache_length(self) -> int:
+    """C."""
+    return self.live_lengths[-1]
 
 
 @jax.tree_util.register_dataclass
@@ -71,10 +93,10 @@ class Requests:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-  """Donated to insert and generate.
+  """Donated to whatever changes it.
 
   Attributes:
-    k, v: [L, S, K, C, A], keys (after rope) and values.
+    cache: per layer, per segment: see cache.py.
     length: i32[S], cache entries in use; the next token is written there.
     token: i32[S], last token sampled, not yet in the cache.
     active: bool[S].
@@ -84,8 +106,7 @@ class DecodeState:
     tokens i32[S, R], logprobs f32[S, R], versions i32[S, R]: what was sampled.
   """
 
-  k: Any
-  v: Any
+  cache: Any
   length: Any
   token: Any
   active: Any
@@ -97,25 +118,15 @@ class DecodeState:
   versions: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-  """A prefilled batch of prompts: k, v [L, P, K, T, A], logits f32[P, V], lengths i32[P]."""
-
-  k: Any
-  v: Any
-  logits: Any
-  lengths: Any
-
-
 def init_state(spec: EngineSpec) -> DecodeState:
   """An engine with every slot free."""
   m, S = spec.model, spec.slots
-  cache = (m.num_layers, S, m.num_kv_heads, spec.cache_length, m.head_dim)
   ints = lambda *shape: jnp.zeros(shape, jnp.int32)
   return DecodeState(
-    k=jnp.zeros(cache, spec.dtype),
-    v=jnp.zeros(cache, spec.dtype),
+    cache=cache_lib.init(
+      m.num_layers, S, m.num_kv_heads, m.head_dim, spec.live_lengths,
+      spec.dtype if spec.cache_dtype is None else spec.cache_dtype,
+    ),
     length=ints(S),
     token=ints(S),
     active=jnp.zeros(S, bool),
@@ -125,15 +136,109 @@ def init_state(spec: EngineSpec) -> DecodeState:
     tokens=ints(S, spec.max_response),
     logprobs=jnp.zeros((S, spec.max_response), jnp.float32),
     versions=ints(S, spec.max_response) - 1,
+  )  # fmt: skip
+
+
+def layout(x: Any) -> PartitionSpec:
+  """How an array of the state lies on the mesh: slots first, and in the cache kv heads second."""
+  return PartitionSpec(SLOTS, *(("tensor",) if x.ndim >= 3 else ()))
+
+
+def _local(f: Callable, inputs: tuple, outputs: Any) -> Callable:
+  """f on each device's own part, inside `with jax.set_mesh(mesh)`; else f itself.
+
+  inputs, outputs: pytrees of arrays or PartitionSpec; an array stands for its `layout`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return f
+  is_spec = lambda x: isinstance(x, PartitionSpec)
+  specs = lambda tree: jax.tree.map(lambda x: x if is_spec(x) else layout(x), tree, is_leaf=is_spec)
+  return jax.shard_map(
+    f, mesh=mesh, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False
   )
 
 
-def prefill(spec: EngineSpec, params, tokens, lengths) -> Prefix:
-  """Runs prompts i32[P, T] (right-padded, true lengths i32[P]) through the model."""
-  hidden, k, v = transformer.prefill(
-    params, spec.model, tokens, lengths, dtype=spec.dtype, unroll=spec.unroll
+_ROWS = PartitionSpec(SLOTS)
+_HEADS = PartitionSpec(SLOTS, "tensor", None)  # [S, H, A]
+_CHUNK_HEADS = PartitionSpec(SLOTS, None, "tensor", None)  # [P, T, H, A]
+
+
+def extend(spec: EngineSpec, params, state: DecodeState, tokens, starts, counts, slots):
+  """Runs a chunk of tokens behind what a slot's cache holds.
+
+  Args:
+    params: of transformer.unstack.
+    tokens: i32[P, T], right-padded.
+    starts: i32[P], cache entries before the chunk. counts: i32[P], true lengths.
+    slots: i32[P], within the shard; -1 for a row of padding.
+
+  Returns:
+    (state with the new entries, f32[P, V] logits after each chunk's last token)
+  """
+  T = tokens.shape[1]
+  positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+  needed = jnp.max(jnp.where(slots >= 0, starts + counts, 0))
+  layers = list(state.cache)
+
+  def attend(i, q, k, v):
+    def local(layer, slots, starts, positions, needed, q, k, v):
+      layer = cache_lib.write_chunks(layer, slots, starts, k, v)
+      return layer, ops.extend_attention(
+        q, layer, slots, positions, needed, window=spec.model.sliding_window
+      )
+
+    inputs = (layers[i], _ROWS, _ROWS, _ROWS, PartitionSpec(), *(_CHUNK_HEADS,) * 3)
+    run = _local(local, inputs, (layers[i], _CHUNK_HEADS))
+    layers[i], mixed = run(layers[i], slots, starts, positions, needed, q, k, v)
+    return mixed
+
+  hidden = transformer.with_cache(params, spec.model, tokens, positions, attend, dtype=spec.dtype)
+  last = jnp.maximum(counts - 1, 0)[:, None, None]
+  hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+  logits = transformer.logits(params, spec.model, hidden)
+  return dataclasses.replace(state, cache=tuple(layers)), logits
+
+
+def copy(state: DecodeState, source, target, count, *, live: int) -> DecodeState:
+  """Slot target[i] gets the first `live` cache entries of slot source[i].
+
+  Args:
+    source, target: i32[S], slots within the shard; S / shards pairs for each shard.
+    count: i32[shards], pairs that count.
+    live: static, one of the live lengths.
+  """
+
+  def local(cache, source, target, count):
+    return tuple(cache_lib.copy_rows(layer, live, source, target, count[0]) for layer in cache)
+
+  run = _local(local, (state.cache, _ROWS, _ROWS, _ROWS), state.cache)
+  return dataclasses.replace(state, cache=run(state.cache, source, target, count))
+
+
+def start(state: DecodeState, logits, rows, lengths, requests: Requests, version) -> DecodeState:
+  """Starts sequences: samples the first token of every slot that has a row of logits.
+
+  Args:
+    logits: f32[P, V] of extend.
+    rows: i32[S], row of logits within the shard for each slot; -1 leaves the slot as it is.
+    lengths: i32[S], cache entries in use; requests: Requests; both used where rows >= 0.
+    version: i32[], version of the params that made the logits.
+  """
+  take = rows >= 0
+  wide = PartitionSpec(SLOTS, "tensor")
+  gather = _local(lambda x, rows: x[jnp.maximum(rows, 0)], (wide, _ROWS), wide)
+
+  def choose(new, old):
+    return jnp.where(take.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+
+  state = dataclasses.replace(
+    state,
+    length=choose(lengths, state.length),
+    generated=choose(0, state.generated),
+    requests=jax.tree.map(choose, requests, state.requests),
   )
-  return Prefix(k, v, transformer.logits(params, spec.model, hidden), lengths)
+  return _record(state, take, gather(logits, rows), version)
 
 
 def _record(state: DecodeState, live, logits, version) -> DecodeState:
@@ -160,52 +265,17 @@ def _record(state: DecodeState, live, logits, version) -> DecodeState:
   )
 
 
-def insert(spec: EngineSpec, state: DecodeState, prefix: Prefix, source, requests, version):
-  """Starts sequences: copies prefix row source[s] into slot s and samples its first token.
-
-  Every slot gathers its own row, so one program serves any number of slots, several slots share
-  one prefill, and slots sharded over devices stay local.
-
-  Args:
-    prefix: P prefilled prompts.
-    source: i32[S], row of prefix for each slot, -1 leaves the slot as it is.
-    requests: Requests, used where source >= 0.
-    version: i32[], version of the params that made the prefix.
-  """
-  take = source >= 0
-  row = jnp.maximum(source, 0)
-  T = min(prefix.k.shape[3], spec.cache_length)
-
-  def copy(cache, new):
-    old = cache[:, :, :, :T]
-    new = jnp.where(take[None, :, None, None, None], new[:, row, :, :T].astype(cache.dtype), old)
-    return lax.dynamic_update_slice(cache, new, (0, 0, 0, 0, 0))
-
-  def choose(new, old):
-    return jnp.where(take.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
-
-  state = dataclasses.replace(
-    state,
-    k=copy(state.k, prefix.k),
-    v=copy(state.v, prefix.v),
-    length=choose(prefix.lengths[row], state.length),
-    generated=choose(0, state.generated),
-    requests=jax.tree.map(choose, requests, state.requests),
-  )
-  return _record(state, take, prefix.logits[row], version)
-
-
 def generate(spec: EngineSpec, params, state, version, max_steps, enough_free, *, live: int):
-  """Decodes until `max_steps` steps are done, `enough_free` slots are free, or all are.
+  """Decodes until `max_steps` steps are done, `enough_free` slots are idle, or all are.
 
   Args:
     version: i32[], stamped on the tokens sampled.
     max_steps, enough_free: i32[], traced.
-    live: static; attends to the first `live` cache entries only. The caller makes sure that no
-      active sequence can outgrow it within max_steps.
+    live: static, one of the live lengths; attends to the first `live` cache entries only. The
+      caller makes sure that no active sequence can outgrow it within max_steps.
 
   Returns:
-    DecodeState
+    (DecodeState, i32[] steps done)
   """
 
   def cond(carry):
@@ -215,16 +285,35 @@ def generate(spec: EngineSpec, params, state, version, max_steps, enough_free, *
 
   def body(carry):
     step, state = carry
-    # Idle slots write at their own last entry: never out of range, never read.
-    position = jnp.minimum(state.length, spec.cache_length - 1)
-    hidden, k, v = transformer.decode(
-      params, spec.model, state.token, position, state.k, state.v, live=live, dtype=spec.dtype
-    )
+    hidden, cache = _decode(spec, params, state, live)
     logits = transformer.logits(params, spec.model, hidden)
-    state = dataclasses.replace(state, k=k, v=v, length=state.length + state.active)
+    state = dataclasses.replace(state, cache=cache, length=state.length + state.active)
     return step + 1, _record(state, state.active, logits, version)
 
-  return lax.while_loop(cond, body, (jnp.zeros((), jnp.int32), state))[1]
+  steps, state = lax.while_loop(cond, body, (jnp.zeros((), jnp.int32), state))
+  return state, steps
+
+
+def _decode(spec: EngineSpec, params, state: DecodeState, live: int):
+  """One token per slot: (hidden [S, D], cache with the entries of active slots)."""
+  # The cache of an idle slot is left alone: it may hold a prefix for the next turn.
+  positions = jnp.where(state.active, state.length, spec.cache_length)
+  layers = list(state.cache)
+
+  def attend(i, q, k, v):
+    def local(layer, positions, q, k, v):
+      near = cache_lib.write_entries(cache_lib.up_to(layer, live), positions, k, v)
+      mixed = ops.decode_attention(q, near, positions, window=spec.model.sliding_window)
+      return (*near, *layer[len(near) :]), mixed
+
+    run = _local(local, (layers[i], _ROWS, _HEADS, _HEADS, _HEADS), (layers[i], _HEADS))
+    layers[i], mixed = run(layers[i], positions, q, k, v)
+    return mixed
+
+  hidden = transformer.with_cache(
+    params, spec.model, state.token, positions, attend, dtype=spec.dtype
+  )
+  return hidden, tuple(layers)
 
 
 def release(state: DecodeState, mask) -> DecodeState:

@@ -12,10 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trinity_jax.errors import UserError
 from trinity_jax.launch_order import LaunchOrder
+from trinity_jax.models import transformer
 from trinity_jax.sampler import engine
-from trinity_jax.sampler.engine import DecodeState, EngineSpec, Requests
+from trinity_jax.sampler.engine import SLOTS, DecodeState, EngineSpec, Requests
 
-SLOTS = ("data", "fsdp")
+
+def shards_of(mesh: Mesh) -> int:
+  """Parts that the slots are split into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def state_shardings(spec: EngineSpec, mesh: Mesh) -> DecodeState:
@@ -24,7 +28,7 @@ def state_shardings(spec: EngineSpec, mesh: Mesh) -> DecodeState:
   Raises:
     UserError: slots or kv heads that the mesh does not divide.
   """
-  over = mesh.shape["data"] * mesh.shape["fsdp"]
+  over = shards_of(mesh)
   if spec.slots % over:
     raise UserError(
       f"config.sampler.slots = {spec.slots}: must be a multiple of the {over} devices of "
@@ -35,25 +39,27 @@ def state_shardings(spec: EngineSpec, mesh: Mesh) -> DecodeState:
       f"config.mesh.tensor = {mesh.shape['tensor']}: must divide the model's "
       f"{spec.model.num_kv_heads} kv heads"
     )
-
-  def one(x):
-    cache = PartitionSpec(None, SLOTS, "tensor", None, None)
-    return NamedSharding(mesh, cache if x.ndim == 5 else PartitionSpec(SLOTS))
-
-  return jax.tree.map(one, jax.eval_shape(lambda: engine.init_state(spec)))
+  state = jax.eval_shape(lambda: engine.init_state(spec))
+  return jax.tree.map(lambda x: NamedSharding(mesh, engine.layout(x)), state)
 
 
-def admit(spec, params, state, tokens, lengths, source, requests, version) -> DecodeState:
-  """`prefill` and `insert` in one program."""
-  return engine.insert(
-    spec, state, engine.prefill(spec, params, tokens, lengths), source, requests, version
-  )
+def unstacked(layout: Any, spec: EngineSpec) -> Any:
+  """The shardings of transformer.unstack(params), from those of params."""
+
+  def one(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+  layers = jax.tree.map(one, layout["layers"])
+  return {**layout, "layers": (layers,) * spec.model.num_layers}
 
 
 class Programs:
   """The compiled programs of one engine on one mesh.
 
   Attributes:
+    shards: parts that slots and rows are split into; slot and row numbers in the arguments of
+      `extend`, `copy` and `start` count within a shard.
+    prompt_lengths, prompt_counts: T and P / shards of the compiled extends.
     state_shardings: DecodeState of NamedSharding.
   """
 
@@ -66,69 +72,82 @@ class Programs:
     *,
     prompt_lengths: tuple[int, ...],
     prompt_counts: tuple[int, ...],
-    live_lengths: tuple[int, ...],
   ):
     self.spec = spec
     self.prompt_lengths, self.prompt_counts = prompt_lengths, prompt_counts
-    self.live_lengths = live_lengths
+    self.live_lengths = spec.live_lengths
+    self.shards = shards_of(mesh)
     self.state_shardings = state_shardings(spec, mesh)
-    self._launch, self._mesh = launch, mesh
-    self._replicated = NamedSharding(mesh, PartitionSpec())
-    self._slots = NamedSharding(mesh, PartitionSpec(SLOTS))
-    self._param_shardings = param_shardings
+    self.mesh = mesh
+    self._launch = launch
+    self._published = param_shardings
+    self._params = unstacked(param_shardings, spec)
     self._compiled: dict[Any, Any] = {}
 
+  @property
+  def count(self) -> int:
+    """Programs that `warmup` compiles."""
+    extends = len(self.prompt_lengths) * len(self.prompt_counts)
+    return 3 + extends + len(self.prompt_counts) + 2 * len(self.live_lengths)
+
   def warmup(self, params: Any) -> None:
-    """Compiles every program; afterwards a call compiles nothing."""
-    with jax.set_mesh(self._mesh):  # for the layout hints inside the model
+    """Compiles every program; afterwards a call compiles nothing.
+
+    Args:
+      params: as published, or their shapes and dtypes.
+    """
+    with jax.set_mesh(self.mesh):  # for the layout hints inside the model
       self._compile(params)
 
   def _compile(self, params: Any) -> None:
-    spec, rep, state_sh = self.spec, self._replicated, self.state_shardings
-    par = self._param_shardings
-    per_slot = jax.tree.map(lambda _: self._slots, Requests.empty(1))
-    shapes = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+    spec, state_sh, shards = self.spec, self.state_shardings, self.shards
+    rep = NamedSharding(self.mesh, PartitionSpec())
+    slots = NamedSharding(self.mesh, PartitionSpec(SLOTS))
+    wide = NamedSharding(self.mesh, PartitionSpec(SLOTS, "tensor"))
     state = jax.eval_shape(lambda: engine.init_state(spec))
-    params = shapes(params)
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     ints = lambda *s: jax.ShapeDtypeStruct(s, jnp.int32)
+    S, V = spec.slots, spec.model.vocab_size
+
+    def add(name, f, inputs, outputs, *shapes, donate=None):
+      jitted = jax.jit(f, in_shardings=inputs, out_shardings=outputs, donate_argnums=donate)
+      self._compiled[name] = jitted.lower(*shapes).compile()
 
     self._compiled["init"] = (
       jax.jit(functools.partial(engine.init_state, spec), out_shardings=state_sh).lower().compile()
     )
-    admitting = jax.jit(
-      functools.partial(admit, spec),
-      in_shardings=(par, state_sh, rep, rep, self._slots, per_slot, rep),
-      out_shardings=state_sh,
-      donate_argnums=1,
-    )
-    requests = shapes(Requests.empty(spec.slots))
-    for T in self.prompt_lengths:
-      for P in self.prompt_counts:
-        self._compiled["admit", P, T] = admitting.lower(
-          params, state, ints(P, T), ints(P), ints(spec.slots), requests, scalar
-        ).compile()
+    published = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    unstack = functools.partial(transformer.unstack, config=spec.model)
+    add("prepare", unstack, (self._published,), self._params, published)
+    params = jax.eval_shape(unstack, published)
+    requests = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Requests.empty(S))
+    per_slot = jax.tree.map(lambda _: slots, requests)
+    for P in (n * shards for n in self.prompt_counts):
+      for T in self.prompt_lengths:
+        add(
+          ("extend", P, T), functools.partial(engine.extend, spec),
+          (self._params, state_sh, slots, slots, slots, slots), (state_sh, wide),
+          params, state, ints(P, T), ints(P), ints(P), ints(P), donate=1,
+        )  # fmt: skip
+      add(
+        ("start", P), engine.start,
+        (state_sh, wide, slots, slots, per_slot, rep), state_sh,
+        state, jax.ShapeDtypeStruct((P, V), jnp.float32), ints(S), ints(S), requests, scalar,
+        donate=0,
+      )  # fmt: skip
     for live in self.live_lengths:
-      generating = jax.jit(
-        functools.partial(engine.generate, spec, live=live),
-        in_shardings=(par, state_sh, rep, rep, rep),
-        out_shardings=state_sh,
-        donate_argnums=1,
-      )
-      self._compiled["generate", live] = generating.lower(
-        params, state, scalar, scalar, scalar
-      ).compile()
-    mask = jax.ShapeDtypeStruct((spec.slots,), jnp.bool_)
-    self._compiled["release"] = (
-      jax.jit(
-        engine.release,
-        in_shardings=(state_sh, self._slots),
-        out_shardings=state_sh,
-        donate_argnums=0,
-      )
-      .lower(state, mask)
-      .compile()
-    )
+      add(
+        ("generate", live), functools.partial(engine.generate, spec, live=live),
+        (self._params, state_sh, rep, rep, rep), (state_sh, rep),
+        params, state, scalar, scalar, scalar, donate=1,
+      )  # fmt: skip
+      add(
+        ("copy", live), functools.partial(engine.copy, live=live),
+        (state_sh, slots, slots, slots), state_sh,
+        state, ints(S), ints(S), ints(shards), donate=0,
+      )  # fmt: skip
+    mask = jax.ShapeDtypeStruct((S,), jnp.bool_)
+    add("release", engine.release, (state_sh, slots), state_sh, state, mask, donate=0)
 
   def _run(self, name, *args):
     return self._launch(self._compiled[name], *args)
@@ -136,13 +155,23 @@ class Programs:
   def init_state(self) -> DecodeState:
     return self._run("init")
 
-  def admit(self, params, state, tokens, lengths, source, requests, version) -> DecodeState:
-    """tokens i32[P, T] of a compiled shape; see engine.insert."""
-    return self._run(
-      ("admit", *tokens.shape), params, state, tokens, lengths, source, requests, np.int32(version)
-    )
+  def prepare(self, params: Any) -> Any:
+    """Published params in the layout of the other programs; a copy."""
+    return self._run("prepare", params)
 
-  def generate(self, params, state, version, max_steps, enough_free, live: int) -> DecodeState:
+  def extend(self, params, state, tokens, starts, counts, slots):
+    """tokens i32[P, T] of a compiled shape; see engine.extend. Returns (state, logits)."""
+    return self._run(("extend", *tokens.shape), params, state, tokens, starts, counts, slots)
+
+  def copy(self, state, source, target, count, live: int) -> DecodeState:
+    return self._run(("copy", live), state, source, target, count)
+
+  def start(self, state, logits, rows, lengths, requests, version) -> DecodeState:
+    name = ("start", logits.shape[0])
+    return self._run(name, state, logits, rows, lengths, requests, np.int32(version))
+
+  def generate(self, params, state, version, max_steps, enough_free, live: int):
+    """Returns (state, steps done)."""
     args = (np.int32(version), np.int32(max_steps), np.int32(enough_free))
     return self._run(("generate", live), params, state, *args)
 

@@ -8,63 +8,27 @@ bit of every result, is a function of the requests alone.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
-import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import jax
-import numpy as np
-
-from trinity_jax.errors import RunFailed, UserError
+from trinity_jax.errors import RunFailed, UserError, suggestion
 from trinity_jax.experience import StopReason
-from trinity_jax.sampler.cache import bucket_for
-from trinity_jax.sampler.engine import STOP_IDS, Requests
+from trinity_jax.sampler.driver import Driver
+from trinity_jax.sampler.engine import STOP_IDS
 from trinity_jax.sampler.programs import Programs
+from trinity_jax.sampler.request import Completion, Request, join
+from trinity_jax.sampler.slots import Open, Stage
+
+SWAPS = ("keep", "recompute", "drain")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One sequence to sample.
-
-  Attributes:
-    tokens: i32[T], the prompt.
-    key: u32[2], see sampling.request_key.
-    order: admission order, smallest first; also the request's name in messages.
-    limit: most tokens to sample.
-    stop_ids: tokens that end the sequence; the stop token is part of the result.
-    temperature, top_p, min_p, top_k: 0 temperature is greedy; see sampling.sample.
-  """
-
-  tokens: np.ndarray
-  key: np.ndarray
-  order: tuple[int, ...]
-  limit: int
-  stop_ids: tuple[int, ...]
-  temperature: float = 1.0
-  top_p: float = 1.0
-  min_p: float = 0.0
-  top_k: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """What was sampled: tokens i32[n], logprobs f32[n], versions i32[n], and why it ended."""
-
-  tokens: np.ndarray
-  logprobs: np.ndarray
-  versions: np.ndarray
-  stop_reason: StopReason
-
-
-@dataclasses.dataclass
-class _Slot:
-  request: Request
-  future: Future
-  length: int  # cache entries in use
-  generated: int = 0
+class Overloaded(RunFailed):
+  """The queue is full: nothing was accepted; try again later."""
 
 
 class Sampler:
@@ -72,6 +36,21 @@ class Sampler:
 
   `error`, once set, is the exception that killed the thread. Every request still open fails with
   RunFailed from it, and so does every later `submit` and `set_params`.
+
+  Args:
+    programs: compiled programs of the engine.
+    steps_per_dispatch: most decode steps of one dispatch.
+    refill_fraction: a dispatch returns when this share of the slots is idle and requests wait.
+    deterministic: admit only when no participant is busy elsewhere.
+    on_swap: what becomes of sequences under way when weights change: "keep" decodes on with the
+      cache of the old version (tokens are flagged `mixed`), "recompute" computes their cache again,
+      "drain" lets them end first.
+    max_waiting: requests that may wait for a slot, 0 for any number. When as many wait, `submit`
+      raises Overloaded and `generate` waits for room.
+    span: timeline.span.
+
+  Raises:
+    UserError: an unknown on_swap; max_waiting together with deterministic.
   """
 
   def __init__(
@@ -81,43 +60,80 @@ class Sampler:
     steps_per_dispatch: int,
     refill_fraction: float,
     deterministic: bool,
+    on_swap: str = "keep",
+    max_waiting: int = 0,
     span: Callable[[str], contextlib.AbstractContextManager] = lambda _: contextlib.nullcontext(),
   ):
+    if on_swap not in SWAPS:
+      raise UserError(f"on_swap = {on_swap!r}: expected one of {SWAPS}{suggestion(on_swap, SWAPS)}")
+    if deterministic and max_waiting:
+      raise UserError(
+        f"max_waiting = {max_waiting}: deterministic admission needs every request of a batch in "
+        "the queue; use 0, or deterministic=False"
+      )
+    self._driver = Driver(programs, steps_per_dispatch, refill_fraction, span)
     self._programs = programs
-    self._steps = steps_per_dispatch
-    self._refill = max(1, int(refill_fraction * programs.spec.slots))
-    self._deterministic = deterministic
-    self._span = span
+    self._deterministic, self._on_swap, self._max_waiting = deterministic, on_swap, max_waiting
     self._changed = threading.Condition()
-    self._waiting: list[tuple[Request, Future]] = []
-    self._slots: list[_Slot | None] = [None] * programs.spec.slots
-    self._cancelled: set[Future] = set()
+    self._waiting: list[Open] = []
+    self._cancelled: set[Open] = set()
+    self._room: collections.deque[Future] = collections.deque()
     self._busy = 0
     self._next_params: tuple[int, Any] | None = None
-    self._params: Any = None
-    self._state: Any = None
-    self._stopping = self._ended = False
+    self._paused = self._idle = False
+    self._stopping = self._draining = self._ended = False
     self.version = -1
     self.error: BaseException | None = None
-    self.stats = {"sampled_tokens": 0, "prompt_tokens": 0, "decode_steps": 0, "slot_steps": 0,
-                  "busy_slot_steps": 0}
     self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
-  # --- any thread --------------------------------------------------------------------------------
+  # --- life (any thread) -------------------------------------------------------------------------
 
   def start(self) -> None:
     self._thread.start()
 
-  def close(self) -> None:
-    """Stops the thread; requests still open fail."""
+  def close(self, *, drain: bool = False) -> None:
+    """Stops the thread; requests still open fail, or with `drain` are finished first."""
     with self._changed:
-      self._stopping = True
+      if drain:
+        self._draining = True
+      else:
+        self._stopping = True
       self._changed.notify_all()
     if self._thread.is_alive():
-      self._thread.join(timeout=60)
+      self._thread.join(timeout=None if drain else 60)
       if self._thread.is_alive():
         raise RunFailed("the sampler thread did not end within 60 s of close()")
     self._end()  # for a thread that was never started
+
+  def pause(self) -> None:
+    """Returns when the thread has stopped at a dispatch boundary; `resume` lets it go on."""
+    with self._changed:
+      self._paused = True
+      self._changed.notify_all()
+      if self._thread.is_alive():
+        self._changed.wait_for(lambda: self._idle or self._ended)
+
+  def resume(self) -> None:
+    with self._changed:
+      self._paused = False
+      self._changed.notify_all()
+
+  def hand_over(self) -> list[Open]:
+    """Ends this sampler and returns its open requests with what they have so far, to `adopt`."""
+    self.pause()
+    with self._changed:
+      out = sorted([*self._driver.evict(set(self._open())), *self._waiting], key=_order)
+      self._waiting = []
+    self.close()
+    return out
+
+  def adopt(self, opens: Sequence[Open]) -> None:
+    """Continues requests of another sampler. Their futures stay those their callers hold."""
+    with self._changed:
+      if self._ended:
+        raise self._failure()
+      self._waiting.extend(opens)
+      self._changed.notify_all()
 
   def set_params(self, version: int, params: Any) -> None:
     """Swaps weights at the next dispatch boundary. Versions never go back."""
@@ -129,6 +145,8 @@ class Sampler:
         raise ValueError(f"version {version} offered to a sampler that has {newest}")
       self._next_params = (version, params)
       self._changed.notify_all()
+
+  # --- requests (any thread) ---------------------------------------------------------------------
 
   @contextlib.contextmanager
   def participant(self) -> Iterator[None]:
@@ -148,57 +166,125 @@ class Sampler:
       self._busy -= 1
       self._changed.notify_all()
 
-  def submit(self, request: Request) -> Future:
+  def submit(
+    self,
+    request: Request,
+    so_far: Completion | None = None,
+    sink: Callable[[Completion], None] | None = None,
+  ) -> Future:
     """Queues a request of a participant; the future gives a Completion.
+
+    Args:
+      so_far: what an earlier sampler had sampled of it; continued from there.
+      sink: called from the sampler's thread with each new stretch of tokens (StopReason.RUNNING).
 
     Raises:
       UserError: a prompt or response longer than the engine was compiled for.
+      Overloaded: max_waiting requests wait already.
       RunFailed: the sampler has died or was closed; so does the future, when that comes later.
     """
     self._check(request)
     future: Future = Future()
     future.set_running_or_notify_cancel()
+    open_ = Open(request, future, self, [so_far] if so_far else [], sink)
     with self._changed:
-      if self._ended:
+      if self._ended or self._draining:
         raise self._failure()
-      self._waiting.append((request, future))
+      if self._max_waiting and len(self._waiting) >= self._max_waiting:
+        raise Overloaded(
+          f"{len(self._waiting)} requests wait for a slot (max_waiting); try again later"
+        )
+      self._waiting.append(open_)
       self._busy -= 1
       self._changed.notify_all()
     return future
 
   async def generate(self, request: Request) -> Completion:
-    """`submit` for coroutines; cancelling it frees the slot."""
-    future = self.submit(request)
+    """`submit` for coroutines; waits for room in the queue; cancelling it frees the slot."""
+    return await self._answer(await self._submitted(request))
+
+  async def stream(self, request: Request) -> AsyncIterator[Completion]:
+    """Yields each new stretch of tokens as it is sampled; the last has the stop reason."""
+    loop, chunks = asyncio.get_running_loop(), asyncio.Queue()
+
+    def sink(chunk: Completion) -> None:
+      with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
+        loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+    future = await self._submitted(request, sink)
+    future.add_done_callback(lambda _: sink(join([], StopReason.RUNNING)))
+    sent = 0
+    try:
+      while not (future.done() and chunks.empty()):
+        chunk = await chunks.get()
+        if len(chunk.tokens):
+          sent += len(chunk.tokens)
+          yield chunk
+      whole = future.result()
+      rest = {name: getattr(whole, name)[sent:] for name in _COLUMNS}
+      yield Completion(**rest, stop_reason=whole.stop_reason)
+    finally:
+      self.abort(future)
+
+  async def _submitted(self, request: Request, sink=None) -> Future:
+    while True:
+      try:
+        return self.submit(request, sink=sink)
+      except Overloaded:
+        room: Future = Future()
+        with self._changed:
+          self._room.append(room)
+          if len(self._waiting) < self._max_waiting:  # it emptied in between
+            self._make_room()
+        await asyncio.wrap_future(room)
+
+  async def _answer(self, future: Future) -> Completion:
     try:
       return await asyncio.wrap_future(future)
     except asyncio.CancelledError:
-      self._cancel(future)
+      self.abort(future)
       raise
 
-  def _cancel(self, future: Future) -> None:
-    """Gives a request up. Its run is busy again from this moment, as after a result."""
+  def abort(self, future: Future) -> None:
+    """Gives a request up: it ends at the next dispatch boundary with what it has (ABORTED).
+
+    Its run is busy again from this moment, as after a result.
+    """
     with self._changed:
-      if not future.done():
-        self._cancelled.add(future)
+      found = [o for o in self._open() if o.future is future and o not in self._cancelled]
+      if found and not future.done():
+        self._cancelled.add(found[0])
         self._busy += 1
         self._changed.notify_all()
 
   def describe(self) -> str:
     """Who is where, for the message of a wait that expired."""
     with self._changed:
-      active = [s.request.order for s in self._slots if s]
-      waiting = [r.order for r, _ in self._waiting]
+      active = [s.open.request.order for s in self._driver.slots if s.open]
+      waiting = [o.request.order for o in self._waiting]
+      state = ", paused" if self._paused else ""
       return (
-        f"sampler at version {self.version}: {len(active)} decoding {active[:4]}, "
+        f"sampler at version {self.version}{state}: {len(active)} decoding {active[:4]}, "
         f"{len(waiting)} waiting {waiting[:4]}, {self._busy} participants busy elsewhere"
       )
 
+  @property
+  def stats(self) -> dict[str, float]:
+    """Counters since the start; see driver.Driver.stats."""
+    return self._driver.stats
+
+  def metrics(self) -> dict[str, float]:
+    """What is going on now: see monitor.metrics, sampler/*."""
+    with self._changed:
+      return {"sampler/waiting": float(len(self._waiting)), **self._driver.gauges()}
+
   def _check(self, request: Request) -> None:
     spec, prompt = self._programs.spec, len(request.tokens)
-    if not 1 <= prompt <= self._programs.prompt_lengths[-1]:
+    longest = spec.cache_length - 1
+    if not 1 <= prompt <= longest:
       raise UserError(
-        f"prompt of {prompt} tokens: sampler.max_prompt_length allows 1 to "
-        f"{self._programs.prompt_lengths[-1]}"
+        f"prompt of {prompt} tokens: the cache of sampler.max_prompt_length + "
+        f"max_response_length allows 1 to {longest}"
       )
     if not 1 <= request.limit <= min(spec.max_response, spec.cache_length - prompt):
       raise UserError(
@@ -212,13 +298,14 @@ class Sampler:
 
   def _run(self) -> None:
     try:
-      self._state = self._programs.init_state()
-      while self._wait_for_work():
-        self._drop_cancelled()
-        self._admit_waiting()
-        if any(self._slots):
-          self._dispatch()
-          self._collect()
+      self._driver.open()
+      while (work := self._next()) != "stop":
+        self._drop()
+        if work == "go":
+          self._swap()
+          self._admit()
+          for open_, completion in self._driver.step(bool(self._waiting)):
+            self._resolve(open_, completion)
     except BaseException as e:  # reported through every future and `error`
       self.error = e
     self._end()
@@ -235,140 +322,124 @@ class Sampler:
     """Fails the requests still open, and from now on every new one."""
     with self._changed:
       self._ended = True
-      futures = [f for _, f in self._waiting] + [s.future for s in self._slots if s]
-      self._waiting, self._slots = [], [None] * len(self._slots)
-      for future in futures:
-        self._hand_back(future)
-        future.set_exception(self._failure())
+      opens, self._waiting = [*self._waiting, *self._driver.abandon()], []
+      rooms, self._room = list(self._room), collections.deque()
+      for open_ in opens:
+        self._hand_back(open_)
+        open_.future.set_exception(self._failure())
+      self._changed.notify_all()
+    for room in rooms:
+      room.set_result(None)  # who waits for room finds out by asking
 
-  def _wait_for_work(self) -> bool:
-    """Blocks until there is something to do (False: stop) and takes new weights."""
-
-    def ready():
-      if self._stopping:
-        return True
-      work = self._waiting or self._cancelled or any(self._slots)
-      have_params = self._params is not None or self._next_params is not None
-      return work and have_params and not (self._deterministic and self._busy > 0)
-
+  def _next(self) -> str:
+    """Blocks until there is something to do: "stop", "go", or "drop" (only clear up)."""
     with self._changed:
-      self._changed.wait_for(ready)
-      if self._stopping:
-        return False
-      if self._next_params is not None:
-        self.version, self._params = self._next_params
-        self._next_params = None
-    return True
+      while True:
+        open_ = bool(self._waiting) or self._driver.occupied
+        if self._stopping or (self._draining and not open_):
+          return "stop"
+        have_params = self._params_known or self._next_params is not None
+        held = self._paused or (self._deterministic and self._busy > 0)
+        if open_ and have_params and not held:
+          return "go"
+        if self._cancelled or self._due() <= time.monotonic():
+          return "drop"
+        self._idle = True
+        self._changed.notify_all()
+        with self._driver.waiting():
+          due = self._due()
+          self._changed.wait(None if due == _NEVER else max(0.0, due - time.monotonic()))
+        self._idle = False
 
-  def _drop_cancelled(self) -> None:
-    with self._changed:
-      cancelled = set(self._cancelled)
-      dropped = [f for _, f in self._waiting if f in cancelled]
-      self._waiting = [(r, f) for r, f in self._waiting if f not in cancelled]
-    mask = np.array([s is not None and s.future in cancelled for s in self._slots])
-    if mask.any():
-      self._state = self._programs.release(self._state, mask)
-      for i, slot in enumerate(self._slots):
-        if slot is not None and mask[i]:
-          dropped.append(slot.future)
-          self._slots[i] = None
-    for future in dropped:
-      self._resolve(future, Completion(*_NOTHING, StopReason.ABORTED))
+  @property
+  def _params_known(self) -> bool:
+    return self._driver.params is not None
 
-  def _admit_waiting(self) -> None:
-    """Fills free slots in request order; equal prompts share one prefill row."""
+  def _open(self) -> list[Open]:
+    return [*self._waiting, *(s.open for s in self._driver.slots if s.open)]
+
+  def _due(self) -> float:
+    """The next deadline."""
+    return min((o.request.deadline or _NEVER for o in self._open()), default=_NEVER)
+
+  def _drop(self) -> None:
+    """Ends requests that were given up or whose deadline has passed, with what they have."""
+    now = time.monotonic()
     with self._changed:
-      self._waiting.sort(key=lambda w: w[0].order)
-    while self._waiting:
-      free = [i for i, s in enumerate(self._slots) if s is None]
-      prompts: dict[bytes, int] = {}
-      chosen: list[tuple[int, int, Request, Future]] = []  # slot, row, request, future
-      for slot, (request, future) in zip(free, self._waiting):
-        name = request.tokens.tobytes()
-        if name not in prompts and len(prompts) == self._programs.prompt_counts[-1]:
-          break
-        chosen.append((slot, prompts.setdefault(name, len(prompts)), request, future))
-      if not chosen:
+      given_up = set(self._cancelled)
+      late = {o for o in self._open() if (o.request.deadline or _NEVER) <= now} - given_up
+      gone = given_up | late
+      if not gone:
         return
-      with self._changed:  # a request is always in one of the two, or its future would be lost
-        for slot, _, r, future in chosen:
-          self._slots[slot] = _Slot(r, future, length=len(r.tokens), generated=1)
-        del self._waiting[: len(chosen)]
-      self._prefill([(slot, row, r) for slot, row, r, _ in chosen], len(prompts))
+      queued = [o for o in self._waiting if o in gone]
+      self._waiting = [o for o in self._waiting if o not in gone]
+      self._make_room()
+      self._cancelled -= given_up - set(self._open()) - set(queued)  # ended in between
+    for opens in (lambda: queued, lambda: self._driver.evict(gone)):
+      for open_ in opens():
+        reason = StopReason.TIMEOUT if open_ in late else StopReason.ABORTED
+        self._resolve(open_, join(open_.parts, reason))
 
-  def _prefill(self, chosen, num_prompts: int) -> None:
-    P = bucket_for(num_prompts, self._programs.prompt_counts)
-    longest = max(len(r.tokens) for _, _, r in chosen)
-    T = bucket_for(longest, self._programs.prompt_lengths)
-    S = self._programs.spec.slots
-    tokens, lengths = np.zeros((P, T), np.int32), np.ones(P, np.int32)
-    source, requests = np.full(S, -1, np.int32), Requests.empty(S)
-    for slot, row, r in chosen:
-      tokens[row, : len(r.tokens)], lengths[row] = r.tokens, len(r.tokens)
-      source[slot] = row
-      requests.key[slot], requests.temperature[slot] = r.key, r.temperature
-      requests.top_p[slot], requests.min_p[slot] = r.top_p, r.min_p
-      requests.top_k[slot], requests.limit[slot] = r.top_k, r.limit
-      requests.stop_ids[slot, : len(r.stop_ids)] = r.stop_ids
-    self.stats["prompt_tokens"] += int(lengths[:num_prompts].sum())
-    with self._span("prefill"):
-      self._state = self._programs.admit(
-        self._params, self._state, tokens, lengths, source, requests, self.version
-      )
-      jax.block_until_ready(self._state.active)
-
-  def _dispatch(self) -> None:
-    """Decodes up to steps_per_dispatch tokens, fewer when refilling pays."""
-    used = [s for s in self._slots if s]
-    left = [s.request.limit - s.generated for s in used]
-    steps = max(1, min(self._steps, max(left)))
-    live = max(s.length + min(steps, n) for s, n in zip(used, left))
-    live = bucket_for(max(live, 1), self._programs.live_lengths)
-    free = len(self._slots) - len(used)
-    enough = free + self._refill if self._waiting else len(self._slots)
-    with self._span("decode"):
-      self._state = self._programs.generate(
-        self._params, self._state, self.version, steps, enough, live
-      )
-      jax.block_until_ready(self._state.active)
-
-  def _collect(self) -> None:
-    """Books progress and resolves the futures of ended sequences."""
-    s = self._state
-    active, generated, reason = jax.device_get((s.active, s.generated, s.stop_reason))
-    done = [(i, slot) for i, slot in enumerate(self._slots) if slot and not active[i]]
-    longest = 0
-    for i, slot in enumerate(self._slots):
-      if slot:
-        new = int(generated[i]) - slot.generated
-        slot.generated += new
-        slot.length += new
-        longest = max(longest, new)
-        self.stats["busy_slot_steps"] += new
-    self.stats["decode_steps"] += longest
-    self.stats["slot_steps"] += longest * len(self._slots)
-    if not done:
-      return
-    tokens, logprobs, versions = jax.device_get((s.tokens, s.logprobs, s.versions))
-    for i, slot in done:
-      n = int(generated[i])
-      self._slots[i] = None
-      self.stats["sampled_tokens"] += n
-      rows = [x[i, :n].copy() for x in (tokens, logprobs, versions)]
-      answer = Completion(rows[0], rows[1], rows[2], StopReason(int(reason[i])))
-      self._resolve(slot.future, answer)
-
-  def _resolve(self, future: Future, completion: Completion) -> None:
+  def _swap(self) -> None:
+    """Takes new weights, if there are any and the sequences under way allow it."""
     with self._changed:
-      self._hand_back(future)
-      future.set_result(completion)
+      if self._next_params is None or (self._on_swap == "drain" and self._driver.occupied):
+        return
+      version, params = self._next_params
+      self._next_params = None
+    # Half a prompt by one version and half by another would be neither's.
+    unfit = [
+      s.open for s in self._driver.slots if s.stage is Stage.PREFILL or self._on_swap == "recompute"
+    ]
+    evicted = self._driver.evict({o for o in unfit if o is not None})
+    with self._changed:
+      self._waiting.extend(evicted)
+    self._driver.set_params(version, params)
+    with self._changed:
+      self.version = version
 
-  def _hand_back(self, future: Future) -> None:
+  def _admit(self) -> None:
+    """Fills free slots in order; equal prompts share one prefill."""
+    with self._changed:
+      if self._next_params is not None:  # draining: nobody new before the swap
+        return
+      self._waiting.sort(key=_order)
+      admitted = 0
+      while admitted < len(self._waiting) and self._driver.slots.assign(
+        self._waiting[admitted], self.version
+      ):
+        admitted += 1
+      del self._waiting[:admitted]
+      self._make_room()
+
+  def _make_room(self) -> None:
+    """Wakes as many who wait for room as there is (caller holds the lock)."""
+    for _ in range(self._max_waiting - len(self._waiting)):
+      if not self._room:
+        return
+      room = self._room.popleft()
+      if not room.cancelled():
+        room.set_result(None)
+
+  def _resolve(self, open_: Open, completion: Completion) -> None:
+    with self._changed:
+      self._hand_back(open_)
+      open_.future.set_result(completion)
+
+  def _hand_back(self, open_: Open) -> None:
     """The run is busy from this moment, not from when it wakes up, or since it gave up."""
-    if future in self._cancelled:
-      self._cancelled.discard(future)
-    else:
+    if open_ in self._cancelled:
+      self._cancelled.discard(open_)
+    elif open_.home is self:
       self._busy += 1
+    else:
+      open_.home.enter()
 
 
-_NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+def _order(open_: Open) -> tuple:
+  """Priority, then those that were under way, then the order asked for."""
+  return (open_.request.priority, not open_.parts, open_.request.order)
+
+
+_NEVER = float("inf")
+_COLUMNS = ("tokens", "logprobs", "versions", "mixed")

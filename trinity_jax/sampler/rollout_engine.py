@@ -1,0 +1,78 @@
+"""What an explorer needs of whatever samples for it: our own engine or a remote server."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from trinity_jax.sampler.request import Completion, Request
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+  """Samples sequences from the newest policy it was given.
+
+  Every token comes with the log-prob of the distribution that it was really drawn from (after
+  temperature and truncation; greedy: of temperature 1) and with the policy version that drew it.
+  An engine that cannot know either of them refuses the request; it never guesses.
+  """
+
+  @property
+  def version(self) -> int:
+    """The version that samples now, -1 before the first; never goes back."""
+    ...
+
+  @property
+  def error(self) -> BaseException | None:
+    """What killed the engine, None while it lives. It then fails every request, open or new."""
+    ...
+
+  def start(self) -> None:
+    """Begins to serve; requests may be given before."""
+    ...
+
+  def close(self) -> None:
+    """Stops serving. Requests still open, and every later one, fail with RunFailed."""
+    ...
+
+  def set_params(self, version: int, params: Any) -> None:
+    """Takes new weights; returns at once, from any thread.
+
+    Tokens drawn from them carry `version`. A token whose context was partly computed by another
+    version has Completion.mixed set.
+
+    Raises:
+      ValueError: an older version than the newest given.
+      UserError: the engine was set up without a way to change its weights.
+      RunFailed: the engine has died or was closed.
+    """
+    ...
+
+  async def generate(self, request: Request) -> Completion:
+    """Samples one sequence. Cancelling the call frees what works on it.
+
+    Request.deadline ends it with StopReason.TIMEOUT and what is there by then, perhaps nothing.
+
+    Raises:
+      UserError: a request that this engine does not serve.
+      RunFailed: the engine has died, was closed or cannot get an answer.
+    """
+    ...
+
+  def enter(self) -> None:
+    """Counts a run in that may send requests, until `leave`.
+
+    An engine with deterministic admission admits nothing while such a run is busy elsewhere.
+    """
+    ...
+
+  def leave(self) -> None:
+    """Counts a run out."""
+    ...
+
+  def describe(self) -> str:
+    """Who is where, for the message of a wait that expired."""
+    ...
+
+  def metrics(self) -> dict[str, float]:
+    """Gauges and running totals of this engine, by short name."""
+    ...

@@ -1,0 +1,273 @@
+"""The host's picture of the slots: who sits where, what the cache holds, what to prefill next.
+
+Bookkeeping without a device: the scheduler asks it what to do and does it. Every choice is a
+function of the order of events, never of a clock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from trinity_jax.sampler.cache import bucket_for
+from trinity_jax.sampler.prefix import BLOCK, PrefixIndex
+from trinity_jax.sampler.request import Completion, Request
+
+WORTH_COPYING = 64  # tokens; computing fewer again costs less than a copy and waiting for it
+MIXED = -1  # context of a cache that several versions have written
+
+
+@dataclasses.dataclass(eq=False)
+class Open:
+  """A request that was accepted and has not ended.
+
+  Attributes:
+    parts: what was sampled in earlier stays in a slot.
+    home: whose participants it belongs to.
+    sink: called with every new stretch of tokens, for streams.
+  """
+
+  request: Request
+  future: Future
+  home: Any
+  parts: list[Completion] = dataclasses.field(default_factory=list)
+  sink: Callable[[Completion], None] | None = None
+
+  @property
+  def sampled(self) -> int:
+    return sum(len(p.tokens) for p in self.parts)
+
+  @property
+  def left(self) -> int:
+    """Most tokens that may still be sampled."""
+    return self.request.limit - self.sampled
+
+  def tokens(self) -> np.ndarray:
+    """Prompt and what was sampled so far."""
+    return np.concatenate([self.request.tokens, *(p.tokens for p in self.parts)]).astype(np.int32)
+
+
+class Stage(enum.Enum):
+  FREE = 0  # may hold a prefix for a later turn
+  PREFILL = 1
+  DECODE = 2
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+  """One slot.
+
+  Attributes:
+    tokens: what the cache must hold before decoding begins.
+    filled: entries of `tokens` that it holds.
+    source: (slot, entries): copies them from there once they exist. With all entries of an equal
+      prompt (a twin), its logits are shared as well.
+    touched: when it last advanced; the longest waiting goes first.
+    context: version that computed the cache, or MIXED.
+    generated: tokens sampled in this stay; sent: how many of them a stream has been given.
+    mixed: per dispatch, (tokens sampled, whether in a context of another version).
+  """
+
+  index: int
+  stage: Stage = Stage.FREE
+  open: Open | None = None
+  tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+  filled: int = 0
+  source: tuple[int, int] | None = None
+  touched: int = 0
+  context: int = MIXED
+  generated: int = 0
+  sent: int = 0
+  mixed: list[tuple[int, bool]] = dataclasses.field(default_factory=list)
+
+  @property
+  def length(self) -> int:
+    """Cache entries in use while decoding; the newest token is not there yet."""
+    return len(self.tokens) + self.generated - 1
+
+  @property
+  def twin(self) -> bool:
+    return self.source is not None and self.source[1] == len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """One row of an extend: tokens[start : start + count] of a slot."""
+
+  slot: Slot
+  row: int  # within the shard
+  start: int
+  count: int
+
+
+class Slots:
+  """All slots of an engine.
+
+  Args:
+    count: slots; shards: equal parts of them, each with a cache of its own.
+    prompt_counts, prompt_lengths: rows per shard and lengths that extends are compiled for.
+  """
+
+  def __init__(self, count: int, shards: int, prompt_counts, prompt_lengths):
+    self.all = [Slot(i) for i in range(count)]
+    self.per_shard, self.shards = count // shards, shards
+    self.prompt_counts, self.prompt_lengths = prompt_counts, prompt_lengths
+    self.index = PrefixIndex()
+    self.reused = 0  # prompt tokens found in the cache
+    self._clock = 0
+
+  def __iter__(self):
+    return iter(self.all)
+
+  def at(self, stage: Stage) -> list[Slot]:
+    return [s for s in self.all if s.stage is stage]
+
+  def shard(self, slot: Slot | int) -> int:
+    return (slot if isinstance(slot, int) else slot.index) // self.per_shard
+
+  def local(self, slot: Slot | int) -> int:
+    """A slot's number within its shard."""
+    return (slot if isinstance(slot, int) else slot.index) % self.per_shard
+
+  def _tick(self) -> int:
+    self._clock += 1
+    return self._clock
+
+  # --- taking and leaving ------------------------------------------------------------------------
+
+  def assign(self, open_: Open, version: int) -> bool:
+    """Gives a request a slot, where possible one whose cache already holds its beginning.
+
+    Returns whether there was a free one.
+    """
+    free = self.at(Stage.FREE)
+    if not free:
+      return False
+    tokens = open_.tokens()
+    salt = (version, *open_.request.salt)
+    slot, source, filled = self._place(free, salt, tokens)
+    slot.stage, slot.open, slot.tokens = Stage.PREFILL, open_, tokens
+    slot.filled, slot.source, slot.context = filled, source, version
+    slot.generated, slot.sent, slot.mixed, slot.touched = 0, 0, [], self._tick()
+    self.reused += source[1] if source else filled
+    self.index.put(slot.index, salt, tokens)
+    return True
+
+  def _place(self, free: list[Slot], salt, tokens):
+    """(slot, source, entries it holds already)."""
+    with_room = {self.shard(s) for s in free}
+    twin = self._twin(salt, tokens, with_room)
+    if twin is not None:
+      return self._fresh(free, self.shard(twin)), (twin.index, len(tokens)), 0
+    # The last token must be computed: its logits are what sampling starts from.
+    for index, common in self.index.find(salt, tokens[:-1]):
+      held = self.all[index]
+      common = min(common, len(held.tokens) if held.stage is Stage.PREFILL else held.filled)
+      if common < BLOCK:
+        continue
+      if held.stage is Stage.FREE:
+        return held, None, common
+      if common >= WORTH_COPYING and self.shard(held) in with_room:
+        return self._fresh(free, self.shard(held)), (index, common), 0
+    return self._fresh(free), None, 0
+
+  def _twin(self, salt, tokens, shards: Iterable[int]) -> Slot | None:
+    """A slot about to prefill the same prompt, in a shard that has room."""
+    for s in self.all:
+      if s.stage is Stage.PREFILL and not s.twin and self.shard(s) in shards:
+        own = (s.context, *s.open.request.salt) if s.open else ()
+        if own == salt and np.array_equal(s.tokens, tokens):
+          return s
+    return None
+
+  def _fresh(self, free: list[Slot], shard: int | None = None) -> Slot:
+    """A free slot, in the emptiest shard unless one is named; the least worth keeping."""
+    if shard is None:
+      room = [0] * self.shards
+      for s in free:
+        room[self.shard(s)] += 1
+      shard = max(range(self.shards), key=lambda d: (room[d], -d))
+    return min((s for s in free if self.shard(s) == shard), key=lambda s: (s.touched, s.index))
+
+  def free(self, slot: Slot, held: np.ndarray | None) -> None:
+    """Empties a slot. held: tokens its cache goes on holding, for a later turn; None: nothing."""
+    for other in self.all:
+      if other.source is not None and other.source[0] == slot.index:
+        other.source = None  # it had not been copied yet: prefills by itself
+    salt = (slot.context, *slot.open.request.salt) if slot.open else ()
+    keep = held is not None and len(held) >= BLOCK and slot.context != MIXED
+    slot.stage, slot.open, slot.source = Stage.FREE, None, None
+    if keep:
+      assert held is not None
+      slot.tokens, slot.filled, slot.touched = held, len(held), self._tick()
+      self.index.put(slot.index, salt, held)
+    else:
+      slot.filled = slot.touched = 0
+      self.index.drop(slot.index)
+
+  def new_version(self) -> None:
+    """The cache of every slot is now of an old version: nothing can be reused."""
+    self.index.clear()
+    for s in self.all:
+      s.context = MIXED
+      if s.stage is Stage.FREE:
+        s.filled = s.touched = 0
+
+  # --- prefilling --------------------------------------------------------------------------------
+
+  def copies(self) -> list[tuple[Slot, Slot, int]]:
+    """(source, target, entries) that can be copied now, twins apart; books them as done."""
+    out = []
+    for s in self.at(Stage.PREFILL):
+      if s.source is not None and not s.twin:
+        source = self.all[s.source[0]]
+        if source.filled >= s.source[1]:
+          out.append((source, s, s.source[1]))
+          s.filled, s.source = s.source[1], None
+    return out
+
+  def chunks(self) -> tuple[list[Chunk], int]:
+    """The rows of the next extend and their length T; empty when nothing is to be prefilled.
+
+    The longest waiting slot decides T; others whose next chunk fits come along. A prompt longer
+    than the largest T takes turns with the others.
+    """
+    longest = self.prompt_lengths[-1]
+    waiting = [s for s in self.at(Stage.PREFILL) if s.source is None]
+    waiting.sort(key=lambda s: (s.touched, s.index))
+    if not waiting:
+      return [], 0
+    count = lambda s: min(len(s.tokens) - s.filled, longest)
+    T = bucket_for(count(waiting[0]), self.prompt_lengths)
+    rows = [0] * self.shards
+    out = []
+    for s in waiting:
+      d = self.shard(s)
+      if count(s) <= T and rows[d] < self.prompt_counts[-1]:
+        out.append(Chunk(s, rows[d], s.filled, count(s)))
+        rows[d] += 1
+    return out, T
+
+  def advance(self, chunks: list[Chunk]) -> list[tuple[Slot, int, list[Slot]]]:
+    """Books an extend; returns (slot, row, its twins) of those whose prompt is complete."""
+    out, now = [], self._tick()
+    for c in chunks:
+      s = c.slot
+      s.filled, s.touched = c.start + c.count, now
+      if s.filled == len(s.tokens):
+        twins = [
+          t for t in self.at(Stage.PREFILL) if t.twin and t.source and t.source[0] == s.index
+        ]
+        out.append((s, c.row, twins))
+    return out
+
+  def started(self, slots: Iterable[Slot]) -> None:
+    """Books first tokens sampled."""
+    for s in slots:
+      s.stage, s.source = Stage.DECODE, None
+      s.filled, s.generated = len(s.tokens), 1
