@@ -120,7 +120,7 @@ class OpenAIEngine:
     if client is None or loop is None or not loop.is_running():
       return  # never connected, or its loop has ended and the sockets go with it
     closing = asyncio.run_coroutine_threadsafe(client.aclose(), loop)
-    if loop is not _running_loop():
+    if threading.get_ident() != self._thread:
       closing.result(timeout=30)
 
   def set_params(self, version: int, params: Any) -> None:
@@ -206,8 +206,6 @@ class OpenAIEngine:
     self._check(request)
     self._attach()
     left = None if request.deadline is None else request.deadline - time.monotonic()
-    if left is not None and left <= 0:
-      return join((), StopReason.TIMEOUT)
     try:
       async with asyncio.timeout(left):
         return await self._in_turn(request)
@@ -220,7 +218,7 @@ class OpenAIEngine:
 
     loop = asyncio.get_running_loop()
     if self._loop is None:
-      self._loop = loop
+      self._loop, self._thread = loop, threading.get_ident()
       self._slots = asyncio.Semaphore(self._concurrency)
       self._idle = asyncio.Event()
       self._client = httpx.AsyncClient(
@@ -379,8 +377,8 @@ def _check_choices(dialect, logprobs, weights, weights_folder, model_config) -> 
 def _check_numbers(concurrency: int, timeout: float, retries: int, backoff: float) -> None:
   if concurrency < 1 or timeout <= 0 or retries < 0 or backoff < 0:
     raise UserError(
-      f"concurrency = {concurrency}, timeout = {timeout}, retries = {retries}, backoff = {backoff}: "
-      "need concurrency of at least 1, timeout above 0, the others not negative"
+      f"concurrency = {concurrency} (at least 1), timeout = {timeout} (above 0), retries = "
+      f"{retries}, backoff = {backoff} (not negative): out of range"
     )
 
 
@@ -396,10 +394,3 @@ def _base(url: str) -> str:
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
   if value not in choices:
     raise UserError(f"{name} = {value!r}: expected one of {', '.join(map(repr, choices))}")
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-  try:
-    return asyncio.get_running_loop()
-  except RuntimeError:
-    return None

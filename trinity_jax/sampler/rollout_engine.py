@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from trinity_jax.sampler.request import Completion, Request
+
+
+class Member(Protocol):
+  """What one run asks."""
+
+  async def generate(self, request: Request) -> Completion:
+    """Samples one sequence. Cancelling the call frees what works on it.
+
+    Request.deadline ends it with StopReason.TIMEOUT and what is there by then, perhaps nothing.
+
+    Raises:
+      UserError: a request that this engine does not serve.
+      RunFailed: the engine has died, was closed or cannot get an answer.
+    """
+    ...
+
+  def enter(self) -> None:
+    """Counts a run in that may send requests, until `leave`.
+
+    An engine with deterministic admission admits nothing while such a run is busy elsewhere.
+    """
+    ...
+
+  def leave(self) -> None:
+    """Counts a run out."""
+    ...
 
 
 @runtime_checkable
@@ -47,26 +74,8 @@ class RolloutEngine(Protocol):
     """
     ...
 
-  async def generate(self, request: Request) -> Completion:
-    """Samples one sequence. Cancelling the call frees what works on it.
-
-    Request.deadline ends it with StopReason.TIMEOUT and what is there by then, perhaps nothing.
-
-    Raises:
-      UserError: a request that this engine does not serve.
-      RunFailed: the engine has died, was closed or cannot get an answer.
-    """
-    ...
-
-  def enter(self) -> None:
-    """Counts a run in that may send requests, until `leave`.
-
-    An engine with deterministic admission admits nothing while such a run is busy elsewhere.
-    """
-    ...
-
-  def leave(self) -> None:
-    """Counts a run out."""
+  def member(self, order: Sequence[int]) -> Member:
+    """Who serves the runs whose order begins with (stream, batch, task); itself, unless several."""
     ...
 
   def describe(self) -> str:
@@ -74,5 +83,10 @@ class RolloutEngine(Protocol):
     ...
 
   def metrics(self) -> dict[str, float]:
-    """Gauges and running totals of this engine, by short name."""
+    """Gauges, under the names of monitor.metrics."""
+    ...
+
+  @property
+  def stats(self) -> dict[str, float]:
+    """Counters since the start."""
     ...
