@@ -30,6 +30,7 @@ from trinity_jax.sampler.rollout_engine import RolloutEngine
 
 MODEL = ModelConfig("qwen3", 64, 8, 1, 2, 1, 4, 16, qk_norm=True, tie_word_embeddings=True)
 STOP = 7
+NOTHING = {"sampler/running": 0, "sampler/waiting": 0}  # is going on
 REQUEST = Request(
   tokens=np.array([3, 4, 5], np.int32),
   key=np.array([0xFFFFFFFF, 2], np.uint32),
@@ -299,7 +300,7 @@ def test_passing_trouble_is_tried_again(serve, trouble):
   engine = engine_for(stub.url)
   assert run(engine, REQUEST).stop_reason is StopReason.STOP
   assert len(stub.seen) == 3 and stub.seen[0][2] == stub.seen[2][2]
-  assert engine.metrics()["retries"] == 2
+  assert engine.stats["retries"] == 2
 
 
 def test_lasting_trouble_is_an_error(serve):
@@ -346,17 +347,15 @@ def test_concurrency_is_bounded(serve):
     for _ in range(3):
       await until(stub.arrived)
     await asyncio.sleep(0.05)
-    m = engine.metrics()
-    assert (m["running"], m["waiting"]) == (3, 5)
+    assert engine.metrics() == {"sampler/running": 3, "sampler/waiting": 5}
     assert "3 requests in flight [(0, 0), (0, 1), (0, 2)], 5 waiting" in engine.describe()
     stub.gate.set()
     await asyncio.gather(*tasks)
 
   asyncio.run(asyncio.wait_for(go(), 20))
-  m = engine.metrics()
-  assert stub.most == 3 and len(stub.seen) == 8
-  assert (m["running"], m["waiting"], m["requests"]) == (0, 0, 8)
-  assert (m["sampled_tokens"], m["prompt_tokens"]) == (24, 24)
+  assert stub.most == 3 and len(stub.seen) == 8 and engine.metrics() == NOTHING
+  counted = {"requests": 8, "sampled_tokens": 24, "prompt_tokens": 24}
+  assert engine.stats == {**counted, "retries": 0, "weight_updates": 0}
 
 
 def test_cancelling_hangs_up_and_frees_the_place(serve):
@@ -376,7 +375,7 @@ def test_cancelling_hangs_up_and_frees_the_place(serve):
       await first
 
   asyncio.run(asyncio.wait_for(go(), 20))
-  assert engine.metrics()["running"] == engine.metrics()["waiting"] == 0
+  assert engine.metrics() == NOTHING
 
 
 def test_a_deadline_gives_an_empty_completion(serve):
@@ -392,8 +391,7 @@ def test_a_deadline_gives_an_empty_completion(serve):
     assert [len(x) for x in (c.tokens, c.logprobs, c.versions, c.mixed)] == [0] * 4
   assert stub.left.acquire(timeout=10)
   assert len(stub.seen) <= 2
-  m = engine.metrics()
-  assert m["requests"] == m["running"] == m["waiting"] == 0
+  assert engine.metrics() == NOTHING and engine.stats["requests"] == 0
 
 
 def test_frozen_weights_have_one_version(serve):
@@ -457,8 +455,7 @@ def test_disk_weights_reach_the_server_before_the_next_request(serve, tmp_path, 
   one = ["/update_weights_from_disk", *["/generate"] * 3]
   assert stub.paths() == [*one * 3, "/update_weights_from_disk", "/generate"]
   assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["v4", "v6"]
-  m = engine.metrics()
-  assert (m["weight_updates"], m["weight_folders"]) == (4, 2)
+  assert engine.stats["weight_updates"] == 4
 
 
 def test_requests_in_flight_end_under_their_version(serve, tmp_path, weights):
@@ -509,7 +506,7 @@ def test_cancelling_does_not_stop_weights_on_their_way(serve, tmp_path, weights)
   out = asyncio.run(asyncio.wait_for(go(), 60))
   assert out.versions.tolist() == [0] * 3 and len(told) == 1
   assert stub.paths() == ["/update_weights_from_disk", "/generate"]
-  assert engine.metrics()["waiting"] == 0
+  assert engine.metrics() == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -582,10 +579,12 @@ def test_closing_fails_open_and_later_requests(serve, outside):
 
 def test_runs_are_counted():
   engine = engine_for("http://127.0.0.1:1")
-  engine.enter()
-  engine.enter()
-  engine.leave()
-  assert engine.metrics()["participants"] == 1 and "1 runs open" in engine.describe()
+  member = engine.member((0, 1, 2))
+  assert member is engine
+  member.enter()
+  member.enter()
+  member.leave()
+  assert "1 runs open" in engine.describe()
   engine.close()
 
 

@@ -144,6 +144,10 @@ class OpenAIEngine:
       else:
         self._next_params = (version, params)
 
+  def member(self, order: Sequence[int]) -> OpenAIEngine:
+    """The engine that serves runs of this order: this one."""
+    return self
+
   def enter(self) -> None:
     """Counts only: a remote server's admission cannot be made deterministic from here."""
     with self._lock:
@@ -164,14 +168,13 @@ class OpenAIEngine:
     )
 
   def metrics(self) -> dict[str, float]:
-    """Requests and runs now, totals since the start, folders of weights on disk."""
-    gauges = {
-      "running": len(self._open),
-      "waiting": self._waiting,
-      "participants": self._participants,
-      "weight_folders": len(self._written),
-    }
-    return {k: float(v) for k, v in {**gauges, **self._totals}.items()}
+    """Gauges: requests in flight and requests that wait for their turn."""
+    return {"sampler/running": float(len(self._open)), "sampler/waiting": float(self._waiting)}
+
+  @property
+  def stats(self) -> dict[str, float]:
+    """Counters since the start: requests, tokens, retries, weight updates."""
+    return {k: float(v) for k, v in self._totals.items()}
 
   def check_sampling(
     self, temperature: float, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
