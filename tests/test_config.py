@@ -137,7 +137,7 @@ def test_wrong_values_are_named(changes, expected):
     ({"taskset__generate": ""}, "config.taskset.path is empty"),
     ({"trainer__row_lengths": (64,)}, "row_lengths = (64,): the longest must hold 2048 tokens"),
     ({"sampler__cache_buckets": (64,)}, "cache_buckets = (64,): the longest must hold 2048 tokens"),
-    ({"sampler__prompt_buckets": (64,)}, "max_prompt_length = 1024 tokens; add 1024"),
+    ({"sampler__prompt_buckets": (64,)}, "max_prompt_length and prefill_chunk); add 1024"),
     ({"sampler__prefill_batches": ()}, "config.sampler.prefill_batches = ()"),
     ({"sampler__temperature": 0.0}, "greedy runs of a group are all equal"),
     ({"sampler__top_p": 0.9}, "use top_p=1.0 and top_k=0"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -12,10 +16,16 @@ from trinity_jax.config import Config, taskset_config
 from trinity_jax.errors import UserError
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.launch_order import LaunchOrder
+from trinity_jax.models import params as params_lib
+from trinity_jax.models import sharding
 from trinity_jax.models.presets import ModelConfig
+from trinity_jax.sampler import roofline
 from trinity_jax.sampler.cache import aligned, buckets
 from trinity_jax.sampler.engine import EngineSpec
+from trinity_jax.sampler.pool import SamplerPool
 from trinity_jax.sampler.programs import Programs, shards_of
+from trinity_jax.sampler.rollout_engine import RolloutEngine
+from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.tasks.taskset import load_taskset
 from trinity_jax.trainer.step import Policy
 
@@ -27,9 +37,19 @@ def policy_of(config: Config, model: ModelConfig) -> Policy:
 
 
 def make_programs(
-  config: Config, model: ModelConfig, mesh: Mesh, layout: Any, launch: LaunchOrder
+  config: Config,
+  model: ModelConfig,
+  mesh: Mesh,
+  layout: Any,
+  launch: LaunchOrder,
+  source: LaunchOrder | None = None,
 ) -> Programs:
-  """The sampler programs a config declares."""
+  """The sampler programs a config declares.
+
+  Args:
+    layout: shardings of the parameters on `mesh`.
+    source: launch order of the mesh that publishes, where it is another one.
+  """
   s = config.sampler
   cache = s.max_prompt_length + s.max_response_length
   spec = EngineSpec(
@@ -46,11 +66,110 @@ def make_programs(
     mesh,
     layout,
     launch,
+    source=source,
     prompt_lengths=buckets(chunk, s.prompt_buckets),
     prompt_counts=tuple(
       sorted({min(n, max(1, s.slots // shards_of(mesh))) for n in s.prefill_batches})
     ),
   )
+
+
+class Meshes(NamedTuple):
+  """Who computes where."""
+
+  train: Mesh
+  rollout: tuple[Mesh, ...]  # one per sampler; (train,) when they share it
+
+  @property
+  def shared(self) -> bool:
+    """Whether samplers use devices of the training mesh."""
+    return not set(self.train.devices.flat).isdisjoint(self.rollout[0].devices.flat)
+
+
+def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
+  """Splits the devices into a training mesh and the samplers' meshes.
+
+  Raises:
+    UserError: devices that cannot be split so.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  s, m = config.sampler, config.mesh
+  own = s.devices
+  if own >= len(devices) + (s.engine == "openai"):
+    raise UserError(
+      f"config.sampler.devices = {own}: there are {len(devices)} devices, and training needs some"
+    )
+  train = sharding.make_mesh(m.data, m.fsdp, m.tensor, devices[: len(devices) - own])
+  if not own and s.replicas == 1:
+    return Meshes(train, (train,))
+  rollout = devices[-own:] if own else list(train.devices.flat)
+  each, rest = divmod(len(rollout), s.replicas)
+  if rest or not each:
+    raise UserError(
+      f"config.sampler.replicas = {s.replicas}: must divide the samplers' {len(rollout)} devices"
+    )
+  parts = [rollout[i : i + each] for i in range(0, len(rollout), each)]
+  return Meshes(train, tuple(sharding.make_mesh(-1, 1, s.tensor or each, p) for p in parts))
+
+
+def make_engine(
+  config: Config,
+  model: ModelConfig,
+  meshes: Meshes,
+  launch: LaunchOrder,
+  span: Callable[[str], contextlib.AbstractContextManager],
+  tokenizer_dir: Path,
+) -> RolloutEngine:
+  """What samples for the explorer, its programs compiled.
+
+  Args:
+    launch: of the training mesh.
+    tokenizer_dir: goes with weights that are given to a remote server.
+
+  Raises:
+    UserError: a remote engine's arguments are wrong.
+  """
+  s = config.sampler
+  if s.engine == "openai":
+    from trinity_jax.sampler.openai import OpenAIEngine
+
+    given = {
+      "vocab_size": model.vocab_size,
+      "max_prompt": s.max_prompt_length,
+      "max_response": s.max_response_length,
+      "model_config": model,
+      "tokenizer_dir": tokenizer_dir,
+    }
+    try:
+      engine = OpenAIEngine(**{**given, **s.engine_args})
+    except TypeError as e:  # an argument that does not exist or is missing
+      raise UserError(f"config.sampler.engine_args = {dict(s.engine_args)!r}: {e}") from e
+    engine.check_sampling(s.temperature, s.top_p, s.top_k)
+    if config.eval.tasksets:
+      engine.check_sampling(config.eval.temperature)
+    return engine
+  dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
+  published = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params_lib.abstract(model)
+  )
+  samplers = []
+  for mesh in meshes.rollout:
+    layout = sharding.param_shardings(model, mesh)
+    own = launch if meshes.shared else LaunchOrder(mesh)
+    programs = make_programs(config, model, mesh, layout, own, source=launch)
+    programs.warmup(published)
+    samplers.append(
+      Sampler(
+        programs,
+        steps_per_dispatch=s.steps_per_dispatch,
+        refill_fraction=s.refill_fraction,
+        deterministic=config.explorer.deterministic,
+        on_swap=s.on_swap,
+        span=span,
+        rates=roofline.measure(programs.spec, s.slots // programs.shards, mesh.devices.flat[0]),
+      )
+    )
+  return samplers[0] if len(samplers) == 1 else SamplerPool(samplers)
 
 
 def held_out_taskset(config: Config, index: int):

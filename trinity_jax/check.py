@@ -52,11 +52,16 @@ def plan(config: Config) -> Plan:
   """
   algorithm = make_algorithm(config.algorithm)
   build.check_lag(config, algorithm)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  meshes = build.make_meshes(config)
+  mesh = meshes.train
   build.check_rows(config, mesh)
   model = model_config(config)
   layout = sharding.param_shardings(model, mesh)
-  programs = build.make_programs(config, model, mesh, layout, None)  # type: ignore[arg-type]
+  rollout = meshes.rollout[0]
+  programs = build.make_programs(
+    config, model, rollout, sharding.param_shardings(model, rollout),
+    None,  # type: ignore[arg-type]  # nothing is launched
+  )  # fmt: skip
   if not algorithm.supervised:
     make_reward(config.taskset.reward, config.taskset.reward_args)
     find_workflow(config.taskset.workflow)

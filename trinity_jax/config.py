@@ -217,11 +217,12 @@ def _check_together(c: Config) -> None:
     raise UserError("config.taskset.path is empty: give a JSONL file, or config.taskset.generate")
   longest = c.sampler.max_prompt_length + c.sampler.max_response_length
   whole = f"{longest} tokens (sampler.max_prompt_length + max_response_length)"
+  chunk = min(c.sampler.max_prompt_length, c.sampler.prefill_chunk)
   for name, lengths, needed, what in (
     ("trainer.row_lengths", c.trainer.row_lengths, longest, whole),
     ("sampler.cache_buckets", c.sampler.cache_buckets, longest, whole),
-    ("sampler.prompt_buckets", c.sampler.prompt_buckets, c.sampler.max_prompt_length,
-     f"sampler.max_prompt_length = {c.sampler.max_prompt_length} tokens"),
+    ("sampler.prompt_buckets", c.sampler.prompt_buckets, chunk,
+     f"{chunk} tokens (the smaller of sampler.max_prompt_length and prefill_chunk)"),
   ):  # fmt: skip
     if lengths and max(lengths) < needed:
       raise UserError(f"config.{name} = {lengths}: the longest must hold {what}; add {needed}")

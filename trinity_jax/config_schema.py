@@ -93,7 +93,18 @@ class ExplorerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-  slots: int = key(64, "Sequences decoded at once.", low=1)
+  engine: str = key(
+    "native", "Who samples; openai is a remote server.", choices=("native", "openai")
+  )
+  engine_args: dict = key(
+    {}, "Keyword arguments of a remote engine (base_url, model, dialect ...)."
+  )
+  devices: int = key(
+    0, "Devices the samplers have for themselves, the last ones; 0 shares the training mesh.", low=0
+  )
+  replicas: int = key(1, "Independent samplers, each on an equal part of the devices.", low=1)
+  tensor: int = key(0, "Tensor-parallel size of a sampler of its own devices; 0 means all.", low=0)
+  slots: int = key(64, "Sequences decoded at once by each sampler.", low=1)
   max_prompt_length: int = key(
     1024, "Longest prompt in tokens; longer ones are refused by name.", low=1
   )
@@ -232,6 +243,7 @@ class EvalConfig:
   on_start: bool = key(True, "Evaluate before the first step.")
   temperature: float = key(0.0, "0 is greedy.", low=0.0)
   runs: int = key(1, "Runs per held-out task.", low=1)
+  first: bool = key(True, "Evaluation requests are admitted before waiting training rollouts.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,10 +92,11 @@ _ARRAYS = {
   "action_mask": np.bool_,
   "logprobs": np.float32,
   "versions": np.int32,
+  "mixed": np.bool_,
   "token_rewards": np.float32,
   "advantages": np.float32,
 }
-_OPTIONAL = ("token_rewards", "advantages")
+_OPTIONAL = ("mixed", "token_rewards", "advantages")
 
 
 @dataclasses.dataclass
@@ -109,6 +110,8 @@ class Experience:
       else 0.
     versions: i32[L], policy version that sampled the token where action_mask, else -1.
     reward: scalar reward, None while it has not arrived or when the run failed.
+    mixed: bool[L] or None, True where the sampler's context of the token was (partly) computed by
+      another version than the one that sampled it, so that no forward pass gives its log-prob.
     token_rewards, advantages: f32[L] or None.
     id: who it is; `batch`, `task` and `run` also seed its randomness.
     source: who wrote the action tokens.
@@ -126,6 +129,7 @@ class Experience:
   versions: np.ndarray
   id: ExperienceId
   reward: float | None = None
+  mixed: np.ndarray | None = None
   token_rewards: np.ndarray | None = None
   advantages: np.ndarray | None = None
   source: Source = Source.ROLLOUT

@@ -23,6 +23,10 @@ try:
   from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
     xla as _attention_xla,
   )
+  from trinity_jax.kernels.attention.cached import (  # pyright: ignore[reportMissingImports]
+    Segment,
+    quantize,
+  )
   from trinity_jax.kernels.linear_logprob import (  # pyright: ignore[reportMissingImports]
     api as _linear_logprob,
   )
@@ -31,8 +35,16 @@ except ModuleNotFoundError as error:
     "trinity_jax.kernels is not importable: a bare clone does not run; `pip install -e .` first"
   ) from error
 
-Segment = _cached.Segment
-quantize = _cached.quantize
+
+__all__ = [
+  "Segment",
+  "attention",
+  "decode_attention",
+  "extend_attention",
+  "linear",
+  "linear_logprob",
+  "quantize",
+]
 
 _ATTENTION = {"reference": _attention_reference.attention, "xla": _attention_xla.attention}
 

@@ -10,7 +10,7 @@ import asyncio
 import collections
 import contextlib
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trinity_jax.buffer.replay import ReplayBuffer
@@ -19,7 +19,7 @@ from trinity_jax.experience import Experience, ExperienceId
 from trinity_jax.explorer.explorer import Explorer, rollout_metrics
 from trinity_jax.explorer.rewards import grading_counts
 from trinity_jax.monitor.metrics import reduce_metrics
-from trinity_jax.sampler.scheduler import Sampler
+from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.tasks.demonstrations import demonstration
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ class Source:
     self,
     stage: Stage,
     explorer: Explorer | None = None,
-    sampler: Sampler | None = None,
+    engine: RolloutEngine | None = None,
     buffer: ReplayBuffer | None = None,
   ):
-    self.stage, self.explorer, self.sampler, self.buffer = stage, explorer, sampler, buffer
+    self.stage, self.explorer, self.engine, self.buffer = stage, explorer, engine, buffer
     self._thread: threading.Thread | None = None
     self._error: BaseException | None = None
     self._loop: asyncio.AbstractEventLoop | None = None
@@ -136,13 +136,11 @@ class Rollouts(Source):
 
   def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
     out = rollout_metrics(experiences, self.stage.config.explorer.group_size)
-    assert self.sampler is not None and self.buffer is not None
-    now = {k: float(v) for k, v in self.sampler.stats.items()}
-    new = {k: v - self._stats.get(k, 0) for k, v in now.items()}
+    assert self.engine is not None and self.buffer is not None
+    now = self.engine.stats
+    out |= sampler_metrics({k: v - self._stats.get(k, 0) for k, v in now.items()})
+    out |= self.engine.metrics()
     self._stats = now
-    out["sampler/decode_steps"] = new["decode_steps"]
-    if new["slot_steps"]:
-      out["sampler/slot_occupancy"] = new["busy_slot_steps"] / new["slot_steps"]
     out["queue/depth"] = len(self.buffer) / self.stage.config.explorer.group_size
     return out | self._new_verdicts()
 
@@ -190,6 +188,26 @@ class Demonstrations(Source):
 
   def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
     return reduce_metrics([e.metrics for e in experiences])
+
+
+def sampler_metrics(new: Mapping[str, float]) -> dict[str, float]:
+  """What a sampler did since the last step, from the differences of its counters."""
+  out = {k: new[n] for k, n in (("sampler/decode_steps", "decode_steps"),) if n in new}
+
+  def share(name: str, part: float, whole: float) -> None:
+    if whole > 0:
+      out[name] = part / whole
+
+  if "slot_steps" in new:  # a remote engine does not know
+    sampling = new["prefill_seconds"] + new["decode_seconds"]
+    share("sampler/slot_occupancy", new["busy_slot_steps"], new["slot_steps"])
+    prompts = new["reused_tokens"] + new["prompt_tokens"]
+    share("sampler/prefix_cache_hit_rate", new["reused_tokens"], prompts)
+    share("sampler/host_share", new["host_seconds"], sampling + new["host_seconds"])
+    share("throughput/gen_tokens_per_s", new["sampled_tokens"], sampling)
+    if "roofline_seconds" in new:
+      share("sampler/roofline", new["roofline_seconds"], new["decode_seconds"])
+  return out
 
 
 def failures(experiences: Sequence[Experience]) -> str:

@@ -34,7 +34,6 @@ from trinity_jax.monitor.progress import Progress, Sample
 from trinity_jax.monitor.summary import peak_rss_mb, rss_mb
 from trinity_jax.monitor.timeline import Timeline
 from trinity_jax.monitor.writers import FILE, make_writers, read_jsonl
-from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.schedule import Schedule
 from trinity_jax.source import Demonstrations, Rollouts, Source
 from trinity_jax.synchronizer import Synchronizer
@@ -78,8 +77,8 @@ class Stage:
     self.compiles, self.timeline, self.progress = compiles, timeline, progress
     self.algorithm = make_algorithm(config.algorithm)
     self.schedule = Schedule(config.sync.interval, config.sync.offset)
-    m = config.mesh
-    self.mesh = sharding.make_mesh(m.data, m.fsdp, m.tensor)
+    self.meshes = build.make_meshes(config)
+    self.mesh = self.meshes.train
     build.check_rows(config, self.mesh)
     self.launch = LaunchOrder(self.mesh)
     self.tokenizer = Tokenizer.load(model_path)
@@ -92,9 +91,7 @@ class Stage:
     build.check_lag(config, self.algorithm)
 
     layout = sharding.param_shardings(self.model, self.mesh)
-    params, _ = hf.load(
-      model_path, dtype=jnp.dtype(config.model.param_dtype), shardings=layout
-    )
+    params, _ = hf.load(model_path, dtype=jnp.dtype(config.model.param_dtype), shardings=layout)
     rollout_dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
     self.synchronizer = Synchronizer(
       layout,
@@ -112,7 +109,6 @@ class Stage:
       self.launch,
       self.synchronizer.params,
     )
-    self.programs = build.make_programs(config, self.model, self.mesh, layout, self.launch)
     self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
     self.resumed = self._resume()
     self.writers = make_writers(
@@ -278,14 +274,8 @@ class Stage:
     if self.algorithm.supervised and not held_out:
       yield Demonstrations(self)
       return
-    self.programs.warmup(self.synchronizer.params(self.start))
-    sampler = Sampler(
-      self.programs,
-      steps_per_dispatch=c.sampler.steps_per_dispatch,
-      refill_fraction=c.sampler.refill_fraction,
-      deterministic=c.explorer.deterministic,
-      on_swap=c.sampler.on_swap,
-      span=self.timeline.span,
+    engine = build.make_engine(
+      c, self.model, self.meshes, self.launch, self.timeline.span, self.model_path
     )
     grade = None
     if not self.algorithm.supervised:
@@ -301,7 +291,7 @@ class Stage:
     )
     explorer = Explorer(
       c,
-      sampler=sampler,
+      engine=engine,
       tokenizer=self.tokenizer,
       schedule=self.schedule,
       synchronizer=self.synchronizer,
@@ -314,8 +304,8 @@ class Stage:
       evaluated=self._evaluated,
     )
     kind = Demonstrations if self.algorithm.supervised else Rollouts
-    source = kind(self, explorer, sampler, buffer)
-    sampler.start()
+    source = kind(self, explorer, engine, buffer)
+    engine.start()
     source.start()
     try:
       yield source
@@ -324,7 +314,7 @@ class Stage:
       raise
     finally:
       source.close()
-      sampler.close()
+      engine.close()
 
 
 def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) -> list[Experience]:

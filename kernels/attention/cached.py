@@ -104,7 +104,7 @@ def extend(
       block = _rows_of(s, slots, i * size, size)
       scores = _scores("pkra,pkac->pkrc", rows, block.k, block.k_scale, (2,))
       entry = start + i * size + jnp.arange(size, dtype=positions.dtype)
-      seen = _seen(row_positions[:, :, None] - entry, window)[:, None]
+      seen = _seen(row_positions[:, :, None] - entry[None, None], window)[:, None]
       new_peak = jnp.maximum(peak, jnp.max(jnp.where(seen, scores, _NEVER), axis=-1))
       weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0.0)
       scale = jnp.exp(peak - new_peak)

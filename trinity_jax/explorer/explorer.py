@@ -20,7 +20,7 @@ from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer.runner import Grade, Runner
 from trinity_jax.explorer.workflow import Model, SamplingParams, find_workflow
 from trinity_jax.models.tokenizer import Tokenizer
-from trinity_jax.sampler.scheduler import Sampler
+from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.schedule import Schedule
 from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.taskset import Taskset
@@ -44,7 +44,7 @@ class Explorer:
     self,
     config: Config,
     *,
-    sampler: Sampler,
+    engine: RolloutEngine,
     tokenizer: Tokenizer,
     schedule: Schedule,
     synchronizer: Synchronizer,
@@ -57,7 +57,7 @@ class Explorer:
     evaluated: Container[int] = (),
   ):
     self.config = config
-    self._sampler, self._tokenizer = sampler, tokenizer
+    self._engine, self._tokenizer = engine, tokenizer
     self._schedule, self._synchronizer, self._buffer = schedule, synchronizer, buffer
     self._taskset, self._held_out, self._grade = taskset, held_out, grade
     self._span, self._on_eval, self._evaluated = span, on_eval, evaluated
@@ -95,7 +95,7 @@ class Explorer:
       await self._evaluate_once(found)
 
   def _use(self, version: int, params: Any) -> None:
-    self._sampler.set_params(version, params)
+    self._engine.set_params(version, params)
     self._version = version
 
   async def _drain(self) -> None:
@@ -120,22 +120,21 @@ class Explorer:
       c.sampler.temperature, c.sampler.max_response_length, c.sampler.top_p, c.sampler.top_k
     )
     runner = self._runner(c.taskset.workflow, self._grade, params, TRAIN_STREAM)
-    self._announce(len(tasks) * c.explorer.group_size)
+    ids = _group_ids(step, len(tasks), c.explorer.group_size)
+    self._announce(TRAIN_STREAM, ids)
     groups = {
-      asyncio.create_task(self._group(runner, task, step, place, c.explorer.group_size))
-      for place, task in enumerate(tasks)
+      asyncio.create_task(self._group(runner, task, group)) for task, group in zip(tasks, ids)
     }
     for group in groups:  # the first error ends the explorer; the others' are not news
       group.add_done_callback(lambda t: t.cancelled() or t.exception())
     return groups
 
-  def _announce(self, runs: int) -> None:
+  def _announce(self, stream: int, groups: Sequence[Sequence[ExperienceId]]) -> None:
     """Counts runs in before they start: deterministic admission waits for all of a batch."""
-    for _ in range(runs):
-      self._sampler.enter()
+    for id in (id for group in groups for id in group):
+      self._engine.member((stream, *id)).enter()
 
-  async def _group(self, runner: Runner, task: Task, step: int, place: int, size: int) -> None:
-    ids = [ExperienceId(step, place, run, 0) for run in range(size)]
+  async def _group(self, runner: Runner, task: Task, ids: Sequence[ExperienceId]) -> None:
     await self._buffer.put(await self._runs(runner, task, ids))
 
   async def _runs(self, runner: Runner, task: Task, ids: Sequence[ExperienceId]):
@@ -156,20 +155,21 @@ class Explorer:
 
     def new_model(id: ExperienceId) -> Model:
       return Model(
-        self._sampler,
+        self._engine.member((stream, *id)),
         self._tokenizer,
         id,
         c.seed,
         params,
         c.sampler.max_prompt_length,
         stream,
+        priority=-1 if stream != TRAIN_STREAM and c.eval.first else 0,
       )
 
     return Runner(
       find_workflow(workflow),
       grade,
       new_model,
-      self._sampler.leave,
+      lambda id: self._engine.member((stream, *id)).leave(),
       self._span,
       timeout=c.explorer.run_timeout,
       retries=c.explorer.max_retries,
@@ -182,14 +182,10 @@ class Explorer:
     with self._span("eval"):
       for i, (taskset, tasks, grade) in enumerate(self._held_out):
         runner = self._runner(taskset.workflow, grade, params, TRAIN_STREAM + 1 + i)
-        self._announce(len(tasks) * c.eval.runs)
+        ids = _group_ids(version, len(tasks), c.eval.runs)
+        self._announce(TRAIN_STREAM + 1 + i, ids)
         groups = await asyncio.gather(
-          *(
-            self._runs(
-              runner, task, [ExperienceId(version, place, r, 0) for r in range(c.eval.runs)]
-            )
-            for place, task in enumerate(tasks)
-          )
+          *(self._runs(runner, task, group) for task, group in zip(tasks, ids))
         )
         metrics |= eval_metrics(taskset.name, groups, main=i == 0)
         shown += [g[0] for g in groups[:2]]
@@ -214,7 +210,11 @@ class Explorer:
   def describe(self) -> str:
     """Which runs are open, for the message of a wait that expired."""
     names = ", ".join(map(str, sorted(self._open)[:8]))
-    return f"{len(self._open)} runs open (step/task/run/step): {names}; {self._sampler.describe()}"
+    return f"{len(self._open)} runs open (step/task/run/step): {names}; {self._engine.describe()}"
+
+
+def _group_ids(batch: int, tasks: int, runs: int) -> list[list[ExperienceId]]:
+  return [[ExperienceId(batch, task, run, 0) for run in range(runs)] for task in range(tasks)]
 
 
 def accuracy(experience: Experience) -> float:

@@ -43,7 +43,7 @@ class Runner:
     workflow: Workflow,
     grade: Grade,
     new_model: Callable[[ExperienceId], Model],
-    leave: Callable[[], None],
+    leave: Callable[[ExperienceId], None],
     span: Span,
     *,
     timeout: float,
@@ -65,7 +65,7 @@ class Runner:
       nonlocal left
       if not left:
         left = True
-        self._leave()
+        self._leave(id)
 
     started = time.monotonic()
     try:

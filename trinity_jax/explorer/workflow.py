@@ -19,8 +19,9 @@ from trinity_jax.errors import UserError, suggestion
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer.rewards import Score
 from trinity_jax.models.tokenizer import Tokenizer
+from trinity_jax.sampler.request import Request
+from trinity_jax.sampler.rollout_engine import Member
 from trinity_jax.sampler.sampling import request_key
-from trinity_jax.sampler.scheduler import Request, Sampler
 
 Reward = float | Mapping[str, float] | None
 Workflow = Callable[[Task, "Model"], Awaitable[Reward]]
@@ -49,13 +50,14 @@ class Model:
 
   def __init__(
     self,
-    sampler: Sampler,
+    sampler: Member,
     tokenizer: Tokenizer,
     id: ExperienceId,
     seed: int,
     params: SamplingParams,
     max_prompt: int,
     stream: int = 0,
+    priority: int = 0,
   ):
     self.tokenizer = tokenizer
     self.id = id
@@ -66,8 +68,8 @@ class Model:
     self.in_sampler: Callable[[], AbstractContextManager] = nullcontext  # entered while it waits
     self._asking = False
     self._sampler, self._seed, self._params = sampler, seed, params
-    self._max_prompt, self._stream = max_prompt, stream
-    self._log: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    self._max_prompt, self._stream, self._priority = max_prompt, stream, priority
+    self._log: list[tuple[np.ndarray, ...]] = []
     self._tokens: list[int] = []
 
   async def generate(self, tokens: Sequence[int]) -> np.ndarray:
@@ -107,6 +109,8 @@ class Model:
       temperature=p.temperature,
       top_p=p.top_p,
       top_k=p.top_k,
+      priority=self._priority,
+      salt=(self._stream, self.id.batch),
     )
     self._asking = True
     try:
@@ -115,8 +119,9 @@ class Model:
     finally:
       self._asking = False
     new = np.array(tokens[seen:], np.int32)
-    self._append(new, np.zeros(len(new)), np.full(len(new), -1), action=False)
-    self._append(out.tokens, out.logprobs, out.versions, action=True)
+    n = len(new)
+    self._append(new, np.zeros(n), np.full(n, -1), np.zeros(n, bool), action=False)
+    self._append(out.tokens, out.logprobs, out.versions, out.mixed, action=True)
     self.stop_reason, self.turns = out.stop_reason, self.turns + 1
     return out.tokens
 
@@ -128,20 +133,21 @@ class Model:
     self.messages = [*map(dict, messages), {"role": "assistant", "content": self.text}]
     return self.text
 
-  def _append(self, tokens, logprobs, versions, action: bool) -> None:
+  def _append(self, tokens, logprobs, versions, mixed, action: bool) -> None:
     self._tokens.extend(int(t) for t in tokens)
     mask = np.full(len(tokens), action)
-    self._log.append((np.asarray(tokens, np.int32), mask, logprobs, versions))
+    self._log.append((np.asarray(tokens, np.int32), mask, logprobs, versions, mixed))
 
   def experience(self, score: Score, info: dict[str, Any]) -> Experience:
     """The run, of at least one turn, as one experience."""
-    tokens, mask, logprobs, versions = (np.concatenate(x) for x in zip(*self._log))
+    tokens, mask, logprobs, versions, mixed = (np.concatenate(x) for x in zip(*self._log))
     response = int(mask.sum())
     return Experience(
       tokens=tokens,
       action_mask=mask,
       logprobs=logprobs,
       versions=versions,
+      mixed=mixed if mixed.any() else None,
       id=self.id,
       reward=score.total,
       stop_reason=self.stop_reason,
@@ -152,6 +158,7 @@ class Model:
         "response_length": response,
         "prompt_length": len(tokens) - response,
         "num_turns": self.turns,
+        "mixed_tokens": int(mixed.sum()),
       },
       info=info,
     )

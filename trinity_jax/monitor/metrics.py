@@ -160,8 +160,10 @@ _TEXT: dict[str, str] = {
     sampler/waiting | requests | requests waiting for a slot
     sampler/slot_occupancy | fraction | busy slots, mean over decode steps
     sampler/kv_cache_use | fraction | cache entries in use
+    mixed_tokens* | tokens | per run, sampled in a context that another version had computed
     sampler/prefix_cache_hit_rate | fraction | prompt tokens that needed no prefill
-    sampler/preemptions | count | requests pushed out of their slot
+    sampler/host_share | fraction | the sampler thread's own time / its time with work to do
+    sampler/roofline | fraction | decode time that measured matmul and copy rates allow / real
     sampler/decode_steps | count | decode steps of this step
   """,
   "timeline": """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from trinity_jax.errors import UserError
-from trinity_jax.ops import Segment, quantize
+from trinity_jax.ops import Segment, quantize  # pyright: ignore[reportAttributeAccessIssue]
 
 Layer = tuple[Segment, ...]
 Cache = tuple[Layer, ...]

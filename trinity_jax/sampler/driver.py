@@ -14,10 +14,12 @@ import jax
 import numpy as np
 
 from trinity_jax.experience import StopReason
+from trinity_jax.sampler import roofline
 from trinity_jax.sampler.cache import bucket_for
 from trinity_jax.sampler.engine import Requests
 from trinity_jax.sampler.programs import Programs
 from trinity_jax.sampler.request import Completion, join
+from trinity_jax.sampler.roofline import Rates
 from trinity_jax.sampler.slots import Chunk, Open, Slot, Slots, Stage
 
 Span = Callable[[str], contextlib.AbstractContextManager]
@@ -31,8 +33,16 @@ class Driver:
     params: prepared weights, None before the first `set_params`.
   """
 
-  def __init__(self, programs: Programs, steps: int, refill_fraction: float, span: Span):
+  def __init__(
+    self,
+    programs: Programs,
+    steps: int,
+    refill_fraction: float,
+    span: Span,
+    rates: Rates | None = None,
+  ):
     self._programs, self._steps, self._span = programs, steps, span
+    self._rates = rates
     spec = programs.spec
     self._refill = max(1, int(refill_fraction * spec.slots))
     self.slots = Slots(spec.slots, programs.shards, programs.prompt_counts, programs.prompt_lengths)
@@ -160,6 +170,11 @@ class Driver:
       done = int(done)
     self._counts["decode_steps"] += done
     self._counts["slot_steps"] += done * S
+    if self._rates is not None:
+      entries = sum(s.length + min(done, n) / 2 for s, n in zip(used, left))
+      self._counts["roofline_seconds"] += done * roofline.step_seconds(
+        roofline.work(self._programs.spec), self._rates, self._programs.mesh.size, entries
+      )
 
   # --- what came out -----------------------------------------------------------------------------
 
@@ -243,10 +258,13 @@ class Driver:
 
     Tokens: sampled_tokens, prompt_tokens (computed), reused_tokens (prompt tokens found in the
     cache). Decode: decode_steps, slot_steps (times all slots), busy_slot_steps (tokens). Seconds:
-    prefill_seconds, decode_seconds, wait_seconds (nothing to do), host_seconds (the rest).
+    prefill_seconds, decode_seconds, wait_seconds (nothing to do), host_seconds (the rest);
+    roofline_seconds (what decoding would have taken at best) where rates were given.
     """
     out = {**self._counts, "reused_tokens": self.slots.reused}
     spent = sum(out[f"{k}_seconds"] for k in ("prefill", "decode", "wait"))
+    if self._rates is None:
+      del out["roofline_seconds"]
     return {**out, "host_seconds": max(0.0, time.perf_counter() - self._opened - spent)}
 
   def gauges(self) -> dict[str, float]:
@@ -263,6 +281,7 @@ class Driver:
 _COUNTS = (
   "sampled_tokens", "prompt_tokens", "decode_steps", "slot_steps", "busy_slot_steps",
   "prefill_seconds", "decode_seconds", "wait_seconds",
+  "roofline_seconds",
 )  # fmt: skip
 
 

@@ -61,6 +61,10 @@ class Programs:
       `extend`, `copy` and `start` count within a shard.
     prompt_lengths, prompt_counts: T and P / shards of the compiled extends.
     state_shardings: DecodeState of NamedSharding.
+
+  Args:
+    param_shardings: of the parameters on `mesh`, as published.
+    source: launch order of the mesh that publishes, where it is another one.
   """
 
   def __init__(
@@ -72,6 +76,7 @@ class Programs:
     *,
     prompt_lengths: tuple[int, ...],
     prompt_counts: tuple[int, ...],
+    source: LaunchOrder | None = None,
   ):
     self.spec = spec
     self.prompt_lengths, self.prompt_counts = prompt_lengths, prompt_counts
@@ -79,7 +84,7 @@ class Programs:
     self.shards = shards_of(mesh)
     self.state_shardings = state_shardings(spec, mesh)
     self.mesh = mesh
-    self._launch = launch
+    self._launch, self._source = launch, source or launch
     self._published = param_shardings
     self._params = unstacked(param_shardings, spec)
     self._compiled: dict[Any, Any] = {}
@@ -156,8 +161,9 @@ class Programs:
     return self._run("init")
 
   def prepare(self, params: Any) -> Any:
-    """Published params in the layout of the other programs; a copy."""
-    return self._run("prepare", params)
+    """Published params, on this mesh and in the layout of the other programs; a copy."""
+    placed = self._source(jax.device_put, params, self._published)  # nothing on a shared mesh
+    return self._run("prepare", placed)
 
   def extend(self, params, state, tokens, starts, counts, slots):
     """tokens i32[P, T] of a compiled shape; see engine.extend. Returns (state, logits)."""

@@ -22,6 +22,7 @@ from trinity_jax.sampler.driver import Driver
 from trinity_jax.sampler.engine import STOP_IDS
 from trinity_jax.sampler.programs import Programs
 from trinity_jax.sampler.request import Completion, Request, join
+from trinity_jax.sampler.roofline import Rates
 from trinity_jax.sampler.slots import Open, Stage
 
 SWAPS = ("keep", "recompute", "drain")
@@ -48,6 +49,7 @@ class Sampler:
     max_waiting: requests that may wait for a slot, 0 for any number. When as many wait, `submit`
       raises Overloaded and `generate` waits for room.
     span: timeline.span.
+    rates: of roofline.measure, to report how near decoding comes to them.
 
   Raises:
     UserError: an unknown on_swap; max_waiting together with deterministic.
@@ -63,6 +65,7 @@ class Sampler:
     on_swap: str = "keep",
     max_waiting: int = 0,
     span: Callable[[str], contextlib.AbstractContextManager] = lambda _: contextlib.nullcontext(),
+    rates: Rates | None = None,
   ):
     if on_swap not in SWAPS:
       raise UserError(f"on_swap = {on_swap!r}: expected one of {SWAPS}{suggestion(on_swap, SWAPS)}")
@@ -71,7 +74,7 @@ class Sampler:
         f"max_waiting = {max_waiting}: deterministic admission needs every request of a batch in "
         "the queue; use 0, or deterministic=False"
       )
-    self._driver = Driver(programs, steps_per_dispatch, refill_fraction, span)
+    self._driver = Driver(programs, steps_per_dispatch, refill_fraction, span, rates)
     self._programs = programs
     self._deterministic, self._on_swap, self._max_waiting = deterministic, on_swap, max_waiting
     self._changed = threading.Condition()
@@ -145,6 +148,10 @@ class Sampler:
         raise ValueError(f"version {version} offered to a sampler that has {newest}")
       self._next_params = (version, params)
       self._changed.notify_all()
+
+  def member(self, order: Sequence[int]) -> Sampler:
+    """The sampler that serves runs of this order: this one."""
+    return self
 
   # --- requests (any thread) ---------------------------------------------------------------------
 
