@@ -74,10 +74,14 @@ def test_equal_prompts_share_a_prefill_row_and_order_decides(fakes):
     sampler.set_params(0, "params 0")
     for f in futures:
       f.result(fakes.WAIT)
-  first = programs.plan[0]
-  assert first[:2] == ("admit", 2) and first[3] == (0, 0, 1, 1) and first[4] == (a, b)
-  assert programs.admitted() == [a, b, a, c]  # 4 and 5 followed, in order
+  # One row for the three of `a` that were first, one for `b`; their twins get copies.
+  extend, copy, start = programs.plan[1:4]
+  assert extend[:4] == ("extend", 2, 2, ((0, 0, a), (2, 0, b)))
+  assert copy[:2] == ("copy", ((0, 1), (2, 3)))
+  assert start[2] == ((0, a), (1, a), (2, b), (3, b))
+  assert programs.admitted() == [a, a, b, b, a, c]  # 4 and 5 followed, in order
   assert sampler.stats["prompt_tokens"] == 3 + 5
+  assert sampler.stats["reused_tokens"] == 3
 
 
 def test_more_prompts_than_a_prefill_holds_take_several(fakes):
@@ -87,17 +91,20 @@ def test_more_prompts_than_a_prefill_holds_take_several(fakes):
     sampler.set_params(0, "params 0")
     for f in futures:
       f.result(fakes.WAIT)
-  assert [entry[:4] for entry in programs.plan[:2]] == [
-    ("admit", 3, 2, (0, 1, 2, -1)), ("admit", 1, 2, (-1, -1, -1, 0)),
-  ]  # fmt: skip
+  assert [entry[:4] for entry in programs.of("extend")] == [
+    ("extend", 3, 2, ((0, 0, (1,)), (1, 0, (2,)), (2, 0, (3,)))),
+    ("extend", 1, 2, ((3, 0, (4,)),)),
+  ]
+  assert [entry[0] for entry in programs.plan[:4]] == ["prepare", "extend", "start", "extend"]
 
 
 def test_requests_that_do_not_fit_are_refused_by_name(fakes):
   programs = fakes.FakePrograms()
   with fakes.sampler_on(programs) as sampler:
     for bad, message in (
-      (fakes.request(0, (1,) * 7), r"prompt of 7 tokens: sampler\.max_prompt_length allows 1 to 6"),
-      (fakes.request(0, ()), r"prompt of 0 tokens: sampler\.max_prompt_length allows 1 to 6"),
+      (fakes.request(0, (1,) * 14), r"prompt of 14 tokens: .*max_prompt_length .* allows 1 to 13"),
+      (fakes.request(0, ()), r"prompt of 0 tokens: .*max_prompt_length .* allows 1 to 13"),
+      (fakes.request(0, (1,) * 13, limit=2), r"limit 2 after .* of 13 tokens: must be 1 to 1"),
       (fakes.request(0, limit=9), r"limit 9 .* must be 1 to 8 \(sampler\.max_response_length\)"),
       (fakes.request(0, limit=0), r"limit 0 .* must be 1 to 8"),
       (fakes.request(0, stop_ids=tuple(range(9))), r"9 stop tokens: at most 8"),

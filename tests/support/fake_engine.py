@@ -242,7 +242,9 @@ class FakePrograms:
 
 
 @contextlib.contextmanager
-def sampler_on(programs, *, deterministic=False, steps=3, refill=0.3, version: int | None = 0, **kw):
+def sampler_on(
+  programs, *, deterministic=False, steps=3, refill=0.3, version: int | None = 0, **kw
+):
   """A started sampler with weights, closed at the end."""
   sampler = Sampler(
     programs, steps_per_dispatch=steps, refill_fraction=refill, deterministic=deterministic, **kw
@@ -297,7 +299,7 @@ def check_truth(programs: FakePrograms, completion, r: Request):
 def idle(sampler) -> bool:
   slots = sampler._driver.slots
   return (
-    sampler._busy == 0 and not sampler._open() and not sampler._cancelled
+    sampler._busy == 0 and not sampler._accepted and not sampler._waiting
     and not any(s.open or s.source for s in slots)
   )  # fmt: skip
 

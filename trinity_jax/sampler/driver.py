@@ -85,7 +85,7 @@ class Driver:
       budget -= done
     if self.slots.at(Stage.DECODE):
       self._decode(waiting)
-    return self._collect()
+    return self._collect(waiting)
 
   def _copy(self) -> None:
     copies = self.slots.copies()
@@ -170,6 +170,7 @@ class Driver:
       done = int(done)
     self._counts["decode_steps"] += done
     self._counts["slot_steps"] += done * S
+    self._counts["queued_slot_steps"] += done * S * waiting
     if self._rates is not None:
       entries = sum(s.length + min(done, n) / 2 for s, n in zip(used, left))
       self._counts["roofline_seconds"] += done * roofline.step_seconds(
@@ -178,7 +179,7 @@ class Driver:
 
   # --- what came out -----------------------------------------------------------------------------
 
-  def _collect(self) -> list[tuple[Open, Completion]]:
+  def _collect(self, waiting: bool) -> list[tuple[Open, Completion]]:
     """Books progress and empties the slots of ended sequences."""
     s = self._state
     active, generated, reason = jax.device_get((s.active, s.generated, s.stop_reason))
@@ -189,6 +190,7 @@ class Driver:
         slot.mixed.append((new, slot.context != self.version))
       slot.generated += new
       self._counts["busy_slot_steps"] += new
+      self._counts["queued_busy_slot_steps"] += new * waiting
     ended = [slot for slot in used if not active[slot.index]]
     streamed = [slot for slot in used if slot.open and slot.open.sink]
     if not ended and not streamed:
@@ -229,12 +231,10 @@ class Driver:
       self.slots.free(slot, None)
     return evicted
 
-  def abandon(self) -> list[Open]:
-    """The requests in slots, as they are; for a thread that has died."""
-    out = [s.open for s in self.slots if s.open]
+  def abandon(self) -> None:
+    """Empties the slots without a word; for a thread that has ended."""
     for s in self.slots:
-      s.open, s.stage = None, Stage.FREE
-    return out
+      s.open, s.source, s.stage = None, None, Stage.FREE
 
   # --- figures -----------------------------------------------------------------------------------
 
@@ -257,7 +257,8 @@ class Driver:
     """Counters since the start.
 
     Tokens: sampled_tokens, prompt_tokens (computed), reused_tokens (prompt tokens found in the
-    cache). Decode: decode_steps, slot_steps (times all slots), busy_slot_steps (tokens). Seconds:
+    cache). Decode: decode_steps, slot_steps (times all slots), busy_slot_steps (tokens), both
+    also while requests waited (queued_...). Seconds:
     prefill_seconds, decode_seconds, wait_seconds (nothing to do), host_seconds (the rest);
     roofline_seconds (what decoding would have taken at best) where rates were given.
     """
@@ -280,6 +281,7 @@ class Driver:
 
 _COUNTS = (
   "sampled_tokens", "prompt_tokens", "decode_steps", "slot_steps", "busy_slot_steps",
+  "queued_slot_steps", "queued_busy_slot_steps",
   "prefill_seconds", "decode_seconds", "wait_seconds",
   "roofline_seconds",
 )  # fmt: skip

@@ -8,7 +8,6 @@ bit of every result, is a function of the requests alone.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import threading
 import time
@@ -47,7 +46,7 @@ class Sampler:
       cache of the old version (tokens are flagged `mixed`), "recompute" computes their cache again,
       "drain" lets them end first.
     max_waiting: requests that may wait for a slot, 0 for any number. When as many wait, `submit`
-      raises Overloaded and `generate` waits for room.
+      raises Overloaded; `generate` and `stream`, whose callers wait anyway, still queue up.
     span: timeline.span.
     rates: of roofline.measure, to report how near decoding comes to them.
 
@@ -78,9 +77,9 @@ class Sampler:
     self._programs = programs
     self._deterministic, self._on_swap, self._max_waiting = deterministic, on_swap, max_waiting
     self._changed = threading.Condition()
+    self._accepted: dict[Future, Open] = {}  # all that have not ended, wherever they are
     self._waiting: list[Open] = []
-    self._cancelled: set[Open] = set()
-    self._room: collections.deque[Future] = collections.deque()
+    self._handed: dict[Future, Open] = {}  # went to another sampler
     self._busy = 0
     self._next_params: tuple[int, Any] | None = None
     self._paused = self._idle = False
@@ -95,10 +94,13 @@ class Sampler:
     self._thread.start()
 
   def close(self, *, drain: bool = False) -> None:
-    """Stops the thread; requests still open fail, or with `drain` are finished first."""
+    """Stops the thread; requests still open fail, or with `drain` are finished first.
+
+    A drain ends a pause and waits for no participant. Without weights it finishes nothing.
+    """
     with self._changed:
       if drain:
-        self._draining = True
+        self._draining, self._paused = True, False
       else:
         self._stopping = True
       self._changed.notify_all()
@@ -122,20 +124,35 @@ class Sampler:
       self._changed.notify_all()
 
   def hand_over(self) -> list[Open]:
-    """Ends this sampler and returns its open requests with what they have so far, to `adopt`."""
-    self.pause()
+    """Ends this sampler and returns its open requests with what they have so far, to `adopt`.
+
+    `abort` of a request that went on to another sampler works here as well as there.
+    """
     with self._changed:
-      out = sorted([*self._driver.evict(set(self._open())), *self._waiting], key=_order)
-      self._waiting = []
+      self.pause()  # the thread stays where it is until the lock is given back
+      self._driver.evict(set(self._accepted.values()))
+      self._handed |= self._accepted
+      out = sorted(self._accepted.values(), key=_order)
+      self._accepted, self._waiting = {}, []
+      self._stopping = True
     self.close()
     return out
 
   def adopt(self, opens: Sequence[Open]) -> None:
-    """Continues requests of another sampler. Their futures stay those their callers hold."""
+    """Continues requests of another sampler. Their futures stay those their callers hold.
+
+    Raises:
+      UserError: one is longer than this engine was compiled for; then none is taken.
+      RunFailed: the sampler has died or was closed.
+    """
+    for open_ in opens:
+      self._check(open_.request)
     with self._changed:
-      if self._ended:
-        raise self._failure()
-      self._waiting.extend(opens)
+      self._refuse_if_closed()
+      for open_ in opens:
+        open_.keeper = self
+        self._accepted[open_.future] = open_
+        self._waiting.append(open_)
       self._changed.notify_all()
 
   def set_params(self, version: int, params: Any) -> None:
@@ -183,32 +200,42 @@ class Sampler:
 
     Args:
       so_far: what an earlier sampler had sampled of it; continued from there.
-      sink: called from the sampler's thread with each new stretch of tokens (StopReason.RUNNING).
+      sink: called from the sampler's thread with each new stretch of tokens (StopReason.RUNNING);
+        must neither block nor raise.
 
     Raises:
-      UserError: a prompt or response longer than the engine was compiled for.
+      UserError: longer than the engine was compiled for; so_far that has ended.
       Overloaded: max_waiting requests wait already.
       RunFailed: the sampler has died or was closed; so does the future, when that comes later.
     """
-    self._check(request)
+    return self._accept(request, so_far, sink, self._max_waiting)
+
+  def _accept(self, request: Request, so_far=None, sink=None, most: int = 0) -> Future:
+    """most: requests that may wait already, 0 for any number."""
+    self._check(request, so_far)
     future: Future = Future()
     future.set_running_or_notify_cancel()
-    open_ = Open(request, future, self, [so_far] if so_far else [], sink)
+    open_ = Open(request, future, self, [so_far] if so_far else [], sink, keeper=self)
     with self._changed:
-      if self._ended or self._draining:
-        raise self._failure()
-      if self._max_waiting and len(self._waiting) >= self._max_waiting:
+      self._refuse_if_closed()
+      if most and len(self._waiting) >= most:
         raise Overloaded(
           f"{len(self._waiting)} requests wait for a slot (max_waiting); try again later"
         )
+      self._accepted[future] = open_
       self._waiting.append(open_)
       self._busy -= 1
       self._changed.notify_all()
     return future
 
   async def generate(self, request: Request) -> Completion:
-    """`submit` for coroutines; waits for room in the queue; cancelling it frees the slot."""
-    return await self._answer(await self._submitted(request))
+    """`submit` for coroutines, who wait however many others do; cancelling it frees the slot."""
+    future = self._accept(request)
+    try:
+      return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+      self.abort(future)
+      raise
 
   async def stream(self, request: Request) -> AsyncIterator[Completion]:
     """Yields each new stretch of tokens as it is sampled; the last has the stop reason."""
@@ -218,7 +245,7 @@ class Sampler:
       with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
         loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-    future = await self._submitted(request, sink)
+    future = self._accept(request, sink=sink)
     future.add_done_callback(lambda _: sink(join([], StopReason.RUNNING)))
     sent = 0
     try:
@@ -233,41 +260,34 @@ class Sampler:
     finally:
       self.abort(future)
 
-  async def _submitted(self, request: Request, sink=None) -> Future:
-    while True:
-      try:
-        return self.submit(request, sink=sink)
-      except Overloaded:
-        room: Future = Future()
-        with self._changed:
-          self._room.append(room)
-          if len(self._waiting) < self._max_waiting:  # it emptied in between
-            self._make_room()
-        await asyncio.wrap_future(room)
-
-  async def _answer(self, future: Future) -> Completion:
-    try:
-      return await asyncio.wrap_future(future)
-    except asyncio.CancelledError:
-      self.abort(future)
-      raise
-
   def abort(self, future: Future) -> None:
     """Gives a request up: it ends at the next dispatch boundary with what it has (ABORTED).
 
     Its run is busy again from this moment, as after a result.
     """
     with self._changed:
-      found = [o for o in self._open() if o.future is future and o not in self._cancelled]
-      if found and not future.done():
-        self._cancelled.add(found[0])
+      open_ = self._accepted.get(future) or self._handed.get(future)
+      if open_ is None or open_.given_up or future.done():
+        return
+      open_.given_up = True
+      if open_.home is self:
         self._busy += 1
-        self._changed.notify_all()
+      self._changed.notify_all()
+    # One lock at a time: two samplers may give up requests of each other.
+    if open_.home is not self:
+      open_.home.enter()
+    if open_.keeper is not self:
+      open_.keeper.wake()
+
+  def wake(self) -> None:
+    """Makes the thread look again for something to do."""
+    with self._changed:
+      self._changed.notify_all()
 
   def describe(self) -> str:
     """Who is where, for the message of a wait that expired."""
     with self._changed:
-      active = [s.open.request.order for s in self._driver.slots if s.open]
+      active = [o.request.order for s in self._driver.slots if (o := s.open)]
       waiting = [o.request.order for o in self._waiting]
       state = ", paused" if self._paused else ""
       return (
@@ -285,7 +305,7 @@ class Sampler:
     with self._changed:
       return {"sampler/waiting": float(len(self._waiting)), **self._driver.gauges()}
 
-  def _check(self, request: Request) -> None:
+  def _check(self, request: Request, so_far: Completion | None = None) -> None:
     spec, prompt = self._programs.spec, len(request.tokens)
     longest = spec.cache_length - 1
     if not 1 <= prompt <= longest:
@@ -300,6 +320,12 @@ class Sampler:
       )
     if len(request.stop_ids) > STOP_IDS:
       raise UserError(f"{len(request.stop_ids)} stop tokens: at most {STOP_IDS}")
+    done = [] if so_far is None else so_far.tokens.tolist()
+    if len(done) >= request.limit or (done and done[-1] in request.stop_ids):
+      raise UserError(
+        f"so_far has {len(done)} tokens of {request.limit}, ending in {done[-1]}: nothing is left "
+        "to sample; use it as the result"
+      )
 
   # --- the sampler thread ------------------------------------------------------------------------
 
@@ -325,36 +351,38 @@ class Sampler:
     failure.__cause__ = self.error
     return failure
 
+  def _refuse_if_closed(self) -> None:
+    if self._ended or self._draining or self._stopping:
+      raise self._failure()
+
   def _end(self) -> None:
     """Fails the requests still open, and from now on every new one."""
     with self._changed:
       self._ended = True
-      opens, self._waiting = [*self._waiting, *self._driver.abandon()], []
-      rooms, self._room = list(self._room), collections.deque()
-      for open_ in opens:
-        self._hand_back(open_)
-        open_.future.set_exception(self._failure())
+      opens, self._accepted, self._waiting = list(self._accepted.values()), {}, []
+      self._driver.abandon()
       self._changed.notify_all()
-    for room in rooms:
-      room.set_result(None)  # who waits for room finds out by asking
+    for open_ in opens:
+      self._hand_back(open_)
+      open_.future.set_exception(self._failure())
 
   def _next(self) -> str:
     """Blocks until there is something to do: "stop", "go", or "drop" (only clear up)."""
     with self._changed:
       while True:
-        open_ = bool(self._waiting) or self._driver.occupied
-        if self._stopping or (self._draining and not open_):
-          return "stop"
+        open_ = bool(self._accepted)
         have_params = self._params_known or self._next_params is not None
-        held = self._paused or (self._deterministic and self._busy > 0)
-        if open_ and have_params and not held:
+        if self._stopping or (self._draining and not (open_ and have_params)):
+          return "stop"
+        busy = self._deterministic and self._busy > 0 and not self._draining
+        if open_ and have_params and not self._paused and not busy:
           return "go"
-        if self._cancelled or self._due() <= time.monotonic():
+        due = self._due()
+        if due <= time.monotonic():
           return "drop"
         self._idle = True
         self._changed.notify_all()
         with self._driver.waiting():
-          due = self._due()
           self._changed.wait(None if due == _NEVER else max(0.0, due - time.monotonic()))
         self._idle = False
 
@@ -362,30 +390,22 @@ class Sampler:
   def _params_known(self) -> bool:
     return self._driver.params is not None
 
-  def _open(self) -> list[Open]:
-    return [*self._waiting, *(s.open for s in self._driver.slots if s.open)]
-
   def _due(self) -> float:
-    """The next deadline."""
-    return min((o.request.deadline or _NEVER for o in self._open()), default=_NEVER)
+    """When the next request is to be dropped."""
+    return min(map(_end_of, self._accepted.values()), default=_NEVER)
 
   def _drop(self) -> None:
     """Ends requests that were given up or whose deadline has passed, with what they have."""
     now = time.monotonic()
     with self._changed:
-      given_up = set(self._cancelled)
-      late = {o for o in self._open() if (o.request.deadline or _NEVER) <= now} - given_up
-      gone = given_up | late
+      gone = dict.fromkeys(o for o in self._accepted.values() if _end_of(o) <= now)
       if not gone:
         return
-      queued = [o for o in self._waiting if o in gone]
       self._waiting = [o for o in self._waiting if o not in gone]
-      self._make_room()
-      self._cancelled -= given_up - set(self._open()) - set(queued)  # ended in between
-    for opens in (lambda: queued, lambda: self._driver.evict(gone)):
-      for open_ in opens():
-        reason = StopReason.TIMEOUT if open_ in late else StopReason.ABORTED
-        self._resolve(open_, join(open_.parts, reason))
+    self._driver.evict(gone)
+    for open_ in gone:
+      reason = StopReason.ABORTED if open_.given_up else StopReason.TIMEOUT
+      self._resolve(open_, join(open_.parts, reason))
 
   def _swap(self) -> None:
     """Takes new weights, if there are any and the sequences under way allow it."""
@@ -417,30 +437,25 @@ class Sampler:
       ):
         admitted += 1
       del self._waiting[:admitted]
-      self._make_room()
-
-  def _make_room(self) -> None:
-    """Wakes as many who wait for room as there is (caller holds the lock)."""
-    for _ in range(self._max_waiting - len(self._waiting)):
-      if not self._room:
-        return
-      room = self._room.popleft()
-      if not room.cancelled():
-        room.set_result(None)
 
   def _resolve(self, open_: Open, completion: Completion) -> None:
     with self._changed:
-      self._hand_back(open_)
-      open_.future.set_result(completion)
+      del self._accepted[open_.future]
+    # Without the lock: what is called from here may take another sampler's.
+    self._hand_back(open_)
+    open_.future.set_result(completion)
 
   def _hand_back(self, open_: Open) -> None:
     """The run is busy from this moment, not from when it wakes up, or since it gave up."""
-    if open_ in self._cancelled:
-      self._cancelled.discard(open_)
-    elif open_.home is self:
-      self._busy += 1
-    else:
+    if not open_.given_up:
       open_.home.enter()
+
+
+def _end_of(open_: Open) -> float:
+  """When a request is to be dropped: its deadline, or at once."""
+  if open_.given_up:
+    return -_NEVER
+  return _NEVER if open_.request.deadline is None else open_.request.deadline
 
 
 def _order(open_: Open) -> tuple:

@@ -28,8 +28,9 @@ class Open:
 
   Attributes:
     parts: what was sampled in earlier stays in a slot.
-    home: whose participants it belongs to.
+    home: the sampler whose participants it belongs to; keeper: the one that works on it.
     sink: called with every new stretch of tokens, for streams.
+    given_up: ends as soon as its keeper sees it.
   """
 
   request: Request
@@ -37,6 +38,8 @@ class Open:
   home: Any
   parts: list[Completion] = dataclasses.field(default_factory=list)
   sink: Callable[[Completion], None] | None = None
+  keeper: Any = None
+  given_up: bool = False
 
   @property
   def sampled(self) -> int:
