@@ -70,7 +70,7 @@ class Driver:
 
   # --- one round ---------------------------------------------------------------------------------
 
-  def step(self, waiting: bool) -> list[tuple[Open, Completion]]:
+  def step(self, waiting: bool, more: bool) -> list[tuple[Open, Completion]]:
     """Prefills and decodes once; returns what has ended.
 
     At most about as many prompt tokens are prefilled as the decode steps that follow may sample:
@@ -78,13 +78,14 @@ class Driver:
 
     Args:
       waiting: whether requests wait for a slot.
+      more: whether one may come at any time, so that a dispatch with free slots is kept short.
     """
     self._copy()
     budget = self._steps * self._programs.spec.slots
     while budget > 0 and (done := self._prefill()):
       budget -= done
     if self.slots.at(Stage.DECODE):
-      self._decode(waiting)
+      self._decode(waiting, more)
     return self._collect(waiting)
 
   def _copy(self) -> None:
@@ -154,15 +155,17 @@ class Driver:
     for s in started:
       s.mixed.append((1, False))
 
-  def _decode(self, waiting: bool) -> None:
-    """Up to steps_per_dispatch tokens for each, fewer when refilling pays."""
+  def _decode(self, waiting: bool, more: bool) -> None:
+    """Up to steps_per_dispatch tokens for each; fewer when refilling pays, or may soon."""
     used = [s for s in self.slots.at(Stage.DECODE) if s.open]
     left = [s.open.left - s.generated for s in used if s.open]
-    steps = max(1, min(self._steps, max(left)))
+    S = self._programs.spec.slots
+    most = self._steps // 4 if more and len(used) < S else self._steps
+    steps = max(1, min(most, max(left)))
     live = max(s.length + 1 + min(steps, n) for s, n in zip(used, left))
     live = bucket_for(min(live, self._programs.spec.cache_length), self._programs.live_lengths)
-    S = self._programs.spec.slots
-    enough = S - len(used) + self._refill if waiting else S
+    # An ended run may ask again, in which case waiting for all others would keep its slot idle.
+    enough = S - len(used) + self._refill
     with self._timed("decode"):
       self._state, done = self._programs.generate(
         self.params, self._state, self.version, steps, enough, live

@@ -86,6 +86,7 @@ class Sampler:
     self._stopping = self._draining = self._ended = False
     self.version = -1
     self.error: BaseException | None = None
+    self._linger_until = 0.0
     self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
   # --- life (any thread) -------------------------------------------------------------------------
@@ -337,8 +338,11 @@ class Sampler:
         if work == "go":
           self._swap()
           self._admit()
-          for open_, completion in self._driver.step(bool(self._waiting)):
+          ended = self._driver.step(bool(self._waiting), more=not self._deterministic)
+          for open_, completion in ended:
             self._resolve(open_, completion)
+          if ended:
+            self._linger_until = time.monotonic() + _LINGER
     except BaseException as e:  # reported through every future and `error`
       self.error = e
     self._end()
@@ -376,7 +380,11 @@ class Sampler:
           return "stop"
         busy = self._deterministic and self._busy > 0 and not self._draining
         if open_ and have_params and not self._paused and not busy:
-          return "go"
+          linger = self._linger_until - time.monotonic() if self._busy > 0 else 0.0
+          if self._deterministic or self._draining or linger <= 0:
+            return "go"
+          self._changed.wait(linger)
+          continue
         due = self._due()
         if due <= time.monotonic():
           return "drop"
@@ -464,4 +472,6 @@ def _order(open_: Open) -> tuple:
 
 
 _NEVER = float("inf")
+# Seconds. Runs that get a result often ask again at once: their next turns are prefilled together.
+_LINGER = 0.005
 _COLUMNS = ("tokens", "logprobs", "versions", "mixed")
