@@ -24,6 +24,7 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install --quiet '$(TORCH)'
 	$(PY) -m pip install --quiet --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-deps google-jetstream==0.2.2  # what it requires pulls TensorFlow
 	touch $@ $(VENV)/.run
 
 # A tiny model learns to add: SFT on flawed demonstrations, then GRPO. About 2 minutes on 2 cores.

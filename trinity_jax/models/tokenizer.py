@@ -33,6 +33,7 @@ class Tokenizer:
     self._inner = inner
     self.stop_ids = stop_ids  # any of these ends a reply
     self.pad_id: int = inner.pad_token_id
+    self.bos_id: int | None = inner.bos_token_id
     self.vocab_size: int = len(inner)
 
   @staticmethod
