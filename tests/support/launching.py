@@ -11,7 +11,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 
-RECIPE = '''
+RECIPE = """
 from trinity_jax.config import base_config
 
 def get_config():
@@ -36,7 +36,7 @@ def get_config():
   c.monitor.tensorboard = False
   c.monitor.progress = "none"
   return c
-'''
+"""
 
 
 def write_recipe(path: Path, model: Path | str) -> Path:
