@@ -51,6 +51,17 @@ def truncate(logits, top_k, top_p, min_p):
   return jnp.where(logits >= jnp.maximum(jnp.maximum(kth, pth), floor), logits, NEGATIVE)
 
 
+def _argmax(x: jax.Array) -> jax.Array:
+  """First index i32[S] of the largest entry of each row of f32[S, V].
+
+  Two plain reductions: XLA:CPU runs jnp.argmax's paired one entry by entry, and with it everything
+  that is fused into it (1.0 of 1.5 ms for a draw at S = 128, V = 512).
+  """
+  at = jnp.arange(x.shape[-1], dtype=jnp.int32)[None]
+  largest = x == jnp.max(x, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(largest, at, x.shape[-1] - 1), axis=-1)
+
+
 def sample(logits, key_data, positions, temperature, top_k, top_p, min_p):
   """Draws one token per slot.
 
@@ -76,6 +87,6 @@ def sample(logits, key_data, positions, temperature, top_k, top_p, min_p):
     lambda: position_noise(key_data, positions, logits.shape[-1]),
   )
   noise = jnp.where(greedy[:, None], 0.0, noise)
-  token = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+  token = _argmax(scaled + noise)
   chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1)[:, 0]
   return token, chosen - jax.nn.logsumexp(scaled, axis=-1)
