@@ -128,30 +128,33 @@ def write_chunks(
 
     S, n = s.k.shape[0], s.size
     touched = (slots >= 0) & (slots < S) & (starts < begin + n) & (starts + T > begin)
+    row = jnp.clip(slots, 0, S - 1)
+    put = jnp.where(touched, slots, S + jnp.arange(P))  # out of range: dropped
 
-    def row(p, arrays, parts=parts, begin=begin, touched=touched, S=S, n=n):
-      at = (jnp.clip(slots[p], 0, S - 1), starts[p] - begin)
+    def rows(_, arrays, parts=parts, begin=begin, row=row, put=put, n=n):
+      def merge(x, new, axis):
+        merged = jax.vmap(lambda old, new, at: _merge(old, new, at, axis - 1, n, T))
+        new_rows = merged(x[row], new.astype(x.dtype), starts - begin)
+        return x.at[put].set(new_rows, mode="drop", unique_indices=True)
+
       return tuple(
-        None if x is None else _put_row(x, new[p], axis, *at, n, T, touched[p])
-        for x, (_, new, axis) in zip(arrays, parts)
+        None if x is None else merge(x, new, axis) for x, (_, new, axis) in zip(arrays, parts)
       )
 
-    rows = jnp.where(jnp.any(touched), P, 0)
-    arrays = lax.fori_loop(0, rows, row, tuple(x for x, _, _ in parts))
+    # A loop, because it updates in place what it may not have to touch at all.
+    arrays = lax.fori_loop(0, jnp.any(touched).astype(jnp.int32), rows, tuple(p[0] for p in parts))
     out.append(Segment(*arrays))
     begin += s.size
   return tuple(out)
 
 
-def _put_row(x, new, axis, slot, at, n, T, use):
-  """x with new (axes of x less the first; length T on `axis` - 1) at `at` of row `slot`."""
-  row = lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
-  pad = [(T, T) if i == axis - 1 else (0, 0) for i in range(row.ndim)]
+def _merge(old, new, at, axis, n, T):
+  """old (n entries on `axis`) with new (T entries) at `at`, which may begin before or end after."""
+  pad = [(T, T) if i == axis else (0, 0) for i in range(old.ndim)]
   wide = lax.dynamic_update_slice_in_dim(
-    jnp.pad(row, pad), new.astype(x.dtype), jnp.clip(at + T, 0, n + T), axis - 1
+    jnp.pad(old, pad), new, jnp.clip(at + T, 0, n + T), axis
   )
-  merged = lax.slice_in_dim(wide, T, T + n, axis=axis - 1)
-  return lax.dynamic_update_index_in_dim(x, jnp.where(use, merged, row), slot, 0)
+  return lax.slice_in_dim(wide, T, T + n, axis=axis)
 
 
 def copy_rows(layer: Layer, live: int, source: jax.Array, target: jax.Array, count) -> Layer:
