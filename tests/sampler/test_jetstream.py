@@ -36,7 +36,7 @@ SIZES = f"slots={SLOTS}, max_prompt={MAX_PROMPT}, max_response={MAX_RESPONSE}, p
 
 # A server that a test can talk to: prints its port, then obeys stdin.
 SERVER = f"""
-import sys, jax, numpy as np
+import sys
 from trinity_jax.models import hf
 from trinity_jax.monitor.compiles import CompileCounter
 from trinity_jax.sampler.jetstream import Sampling
@@ -44,6 +44,7 @@ from trinity_jax.sampler.jetstream_server import load_engine, start_server
 model, other = sys.argv[1:]
 engine = load_engine(model, sampling={SAMPLED!r}, {SIZES})
 params = hf.load(other)[0]
+sys.setswitchinterval(1e-5)  # threads meet in every way they can
 counter = CompileCounter().start()
 counter.mark_warm()
 server, port = start_server(engine)
@@ -264,6 +265,13 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(greedy):
     assert f"max_tokens = {n}: expected 1 to 48" in greedy.refused([5], max_tokens=n)
   assert "no content" in greedy.refused()
   assert greedy.ask(fits) and greedy.healthy()
+
+
+def test_a_server_that_runs_out_of_requests_again_and_again(sampled):
+  """JetStream as it is ends within a few hundred of these."""
+  for i in range(500):
+    assert len(sampled.ask([i % 300 + 5, 9, 10], max_tokens=1 + i % 3)[0]) <= 3
+  assert sampled.healthy()
 
 
 def test_clients_that_go_away(greedy):

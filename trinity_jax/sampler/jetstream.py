@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 import sys
 from typing import Any, NamedTuple
 
@@ -71,8 +72,8 @@ def prompt_key(seed: int, tokens: Any, repeat: int) -> np.ndarray:
   """Randomness u32[2] of the answer to a prompt i32[T] that was asked `repeat` times before.
 
   JetStream's requests carry no seed. So an answer depends on the engine's seed, the prompt and how
-  often it was asked since the engine was made, and on nothing else: asked n times it gives n
-  independent samples, the same ones after a restart and among any other requests.
+  often it was asked since the engine was made (REMEMBERED prompts are counted), and on nothing else:
+  asked n times it gives n independent samples, the same ones after a restart and among any others.
   """
   return request_key(seed, repeat, *tokens)
 
@@ -236,8 +237,9 @@ class _Engine:
     tokens = tokens[:true_length]
     if existing_prefix is not None:
       tokens = np.concatenate([np.asarray(existing_prefix.tokens), tokens])
-    repeat = self._asked.pop(tokens.tobytes(), 0)
-    self._asked[tokens.tobytes()] = repeat + 1
+    name = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+    repeat = self._asked.pop(name, 0)
+    self._asked[name] = repeat + 1
     if len(self._asked) > REMEMBERED:
       self._asked.popitem(last=False)
     return Prefix(tokens, prompt_key(self.sampling.seed, tokens, repeat))

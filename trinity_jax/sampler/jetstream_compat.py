@@ -4,6 +4,8 @@ Its orchestrator and gRPC server are used as they are but for what `install` men
 
 - seqio (which pulls TensorFlow), tiktoken and shortuuid have stand-ins while it is imported, where
   they are missing. They load other tokenizers than ours.
+- It asserts that some slot is in use when it decodes, while another thread may free the last one:
+  now and then a server that ran out of requests would end. It is compiled without the assertion.
 - Importing it sets the root logger to DEBUG, onto stdout: undone. It logs to "jetstream" instead.
 - It calls jax.tree_map, which is gone, and pads lists as if they were arrays.
 - It cuts prompts that are too long without a word, and other mistakes of a client end the process
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import logging
 import sys
@@ -80,16 +83,16 @@ def install() -> JetStream:
   """
   _check_distribution()
   root = logging.getLogger()
-  level, imported = root.level, "jetstream.core.orchestrator" in sys.modules
+  level = root.level
   try:
     with _stand_ins():
+      _import_without_assertions("jetstream.core.orchestrator")
       found = JetStream(*(importlib.import_module(f"jetstream.{name}") for name in _MODULES))
   except ImportError as e:
     raise UserError(f"google-jetstream needs {e.name or e}, which is missing; {INSTALL}") from e
   if hasattr(found.engine_api, "ExistingPrefix"):
     raise UserError(f"google-jetstream 0.3 has another engine API; use 0.2.2: {INSTALL}")
-  if not imported:
-    root.setLevel(level)
+  root.setLevel(level)
   root.removeHandler(found.orchestrator.handler)
   _mend(found)
   return found
@@ -112,6 +115,22 @@ def _check_distribution() -> None:
       f"{where} is another project named jetstream, not google-jetstream; "
       f"pip uninstall jetstream && {INSTALL}"
     )
+
+
+class _WithoutAssertions(importlib.machinery.SourceFileLoader):
+  def get_code(self, fullname: str) -> types.CodeType:
+    path = self.get_filename(fullname)
+    return compile(self.get_data(path), path, "exec", dont_inherit=True, optimize=1)
+
+
+def _import_without_assertions(name: str) -> None:
+  found = importlib.util.find_spec(name)
+  assert found is not None and found.origin is not None
+  loader = _WithoutAssertions(name, found.origin)
+  spec = importlib.util.spec_from_file_location(name, found.origin, loader=loader)
+  assert spec is not None
+  module = sys.modules[name] = importlib.util.module_from_spec(spec)
+  loader.exec_module(module)
 
 
 @contextlib.contextmanager
@@ -158,6 +177,7 @@ def _mend(js: JetStream) -> None:
   log = logging.getLogger("jetstream")
   for m in (js.orchestrator, js.server_lib, js.token_utils):
     m.logging = log  # the functions of `logging` itself would configure the root logger
+  js.server_lib.orchestrator = js.orchestrator  # where it was imported before
   js.orchestrator.delete_pytree = _delete
   js.orchestrator.LLMOrchestrator = _refusing(js.orchestrator)
   pad, is_byte, join = (
