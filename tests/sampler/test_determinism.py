@@ -71,14 +71,14 @@ def test_the_plan_is_a_function_of_the_requests_not_of_the_clock(fakes, seed, sl
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_the_real_engine_repeats_itself_bit_by_bit(fakes, engine, deterministic):
+def test_the_real_engine_repeats_itself_bit_by_bit(fakes, tiny, deterministic):
   results = []
   for seed in (0, 1, 2):
     sampler = Sampler(
-      engine.programs, steps_per_dispatch=4, refill_fraction=0.3, deterministic=deterministic
+      tiny.programs, steps_per_dispatch=4, refill_fraction=0.3, deterministic=deterministic
     )
     sampler.start()
-    sampler.set_params(seed, engine.params)
+    sampler.set_params(seed, tiny.params[0])
     with CompileCounter() as compiles:
       results.append(
         play(sampler, 24, seed, 2, lambda i, turn: [(i // 3 + j) % 64 for j in range(2 + 4 * turn)])

@@ -6,6 +6,7 @@ function of the order of events, never of a clock.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 from collections.abc import Callable, Iterable
@@ -189,13 +190,10 @@ class Slots:
     return None
 
   def _fresh(self, free: list[Slot], shard: int | None = None) -> Slot:
-    """A free slot, in the emptiest shard unless one is named; the least worth keeping."""
-    if shard is None:
-      room = [0] * self.shards
-      for s in free:
-        room[self.shard(s)] += 1
-      shard = max(range(self.shards), key=lambda d: (room[d], -d))
-    return min((s for s in free if self.shard(s) == shard), key=lambda s: (s.touched, s.index))
+    """A free slot, in the emptiest shards unless one is named; the least worth keeping."""
+    room = collections.Counter(map(self.shard, free))
+    candidates = [s for s in free if shard is None or self.shard(s) == shard]
+    return min(candidates, key=lambda s: (-room[self.shard(s)], s.touched, s.index))
 
   def free(self, slot: Slot, held: np.ndarray | None) -> None:
     """Empties a slot. held: tokens its cache goes on holding, for a later turn; None: nothing."""
