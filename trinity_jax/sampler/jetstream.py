@@ -72,7 +72,7 @@ def prompt_key(seed: int, tokens: Any, repeat: int) -> np.ndarray:
   """Randomness u32[2] of the answer to a prompt i32[T] that was asked `repeat` times before.
 
   JetStream's requests carry no seed. So an answer depends on the engine's seed, the prompt and how
-  often it was asked since the engine was made (REMEMBERED prompts are counted), and on nothing else:
+  often it was asked since the engine was made (REMEMBERED prompts are counted), on nothing else:
   asked n times it gives n independent samples, the same ones after a restart and among any others.
   """
   return request_key(seed, repeat, *tokens)
