@@ -383,7 +383,8 @@ class Sampler:
           linger = self._linger_until - time.monotonic() if self._busy > 0 else 0.0
           if self._deterministic or self._draining or linger <= 0:
             return "go"
-          self._changed.wait(linger)
+          with self._driver.waiting():
+            self._changed.wait(linger)
           continue
         due = self._due()
         if due <= time.monotonic():
