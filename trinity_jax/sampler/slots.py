@@ -123,6 +123,7 @@ class Slots:
     self.prompt_counts, self.prompt_lengths = prompt_counts, prompt_lengths
     self.index = PrefixIndex()
     self.reused = 0  # prompt tokens found in the cache
+    self._first: dict[tuple, list[Slot]] = {}  # (salt, prompt) -> who prefills it, one a shard
     self._clock = 0
 
   def __iter__(self):
@@ -154,22 +155,25 @@ class Slots:
       return False
     tokens = open_.tokens()
     salt = (version, *open_.request.salt)
-    slot, source, filled = self._place(free, salt, tokens)
+    prompt = (salt, tokens.tobytes())
+    slot, source, filled = self._place(free, prompt, tokens)
     slot.stage, slot.open, slot.tokens = Stage.PREFILL, open_, tokens
     slot.filled, slot.source, slot.context = filled, source, version
     slot.generated, slot.sent, slot.mixed, slot.touched = 0, 0, [], self._tick()
     self.reused += source[1] if source else filled
+    if not slot.twin:
+      self._first.setdefault(prompt, []).append(slot)
     self.index.put(slot.index, salt, tokens)
     return True
 
-  def _place(self, free: list[Slot], salt, tokens):
+  def _place(self, free: list[Slot], prompt: tuple, tokens):
     """(slot, source, entries it holds already)."""
     with_room = {self.shard(s) for s in free}
-    twin = self._twin(salt, tokens, with_room)
-    if twin is not None:
-      return self._fresh(free, self.shard(twin)), (twin.index, len(tokens)), 0
+    for first in self._first.get(prompt, ()):
+      if self.shard(first) in with_room:
+        return self._fresh(free, self.shard(first)), (first.index, len(tokens)), 0
     # The last token must be computed: its logits are what sampling starts from.
-    for index, common in self.index.find(salt, tokens[:-1]):
+    for index, common in self.index.find(prompt[0], tokens[:-1]):
       held = self.all[index]
       common = min(common, len(held.tokens) if held.stage is Stage.PREFILL else held.filled)
       if common < BLOCK:
@@ -180,14 +184,18 @@ class Slots:
         return self._fresh(free, self.shard(held)), (index, common), 0
     return self._fresh(free), None, 0
 
-  def _twin(self, salt, tokens, shards: Iterable[int]) -> Slot | None:
-    """A slot about to prefill the same prompt, in a shard that has room."""
-    for s in self.all:
-      if s.stage is Stage.PREFILL and not s.twin and self.shard(s) in shards:
-        own = (s.context, *s.open.request.salt) if s.open else ()
-        if own == salt and np.array_equal(s.tokens, tokens):
-          return s
-    return None
+  def _leaves_prefill(self, slot: Slot) -> None:
+    """Nobody can join its prefill any more."""
+    if slot.stage is Stage.PREFILL and not slot.twin:
+      prompt = self._prompt(slot)
+      self._first[prompt].remove(slot)
+      if not self._first[prompt]:
+        del self._first[prompt]
+
+  def _prompt(self, slot: Slot) -> tuple:
+    """What equal prompts have in common."""
+    assert slot.open is not None
+    return (slot.context, *slot.open.request.salt), slot.tokens.tobytes()
 
   def _fresh(self, free: list[Slot], shard: int | None = None) -> Slot:
     """A free slot, in the emptiest shards unless one is named; the least worth keeping."""
@@ -197,8 +205,11 @@ class Slots:
 
   def free(self, slot: Slot, held: np.ndarray | None) -> None:
     """Empties a slot. held: tokens its cache goes on holding, for a later turn; None: nothing."""
+    self._leaves_prefill(slot)
     for other in self.all:
       if other.source is not None and other.source[0] == slot.index:
+        if other.twin:
+          self._first.setdefault(self._prompt(other), []).append(other)
         other.source = None  # it had not been copied yet: prefills by itself
     salt = (slot.context, *slot.open.request.salt) if slot.open else ()
     keep = held is not None and len(held) >= BLOCK and slot.context != MIXED
@@ -270,5 +281,6 @@ class Slots:
   def started(self, slots: Iterable[Slot]) -> None:
     """Books first tokens sampled."""
     for s in slots:
+      self._leaves_prefill(s)
       s.stage, s.source = Stage.DECODE, None
       s.filled, s.generated = len(s.tokens), 1
