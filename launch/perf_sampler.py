@@ -42,7 +42,7 @@ class Bench:
     c.explorer.deterministic = False
     c = resolve(c)
     self.tokenizer, self.model = Tokenizer.load(folder), hf.load_config(folder)
-    meshes = build.make_meshes(c, jax.devices()[:1])
+    meshes = build.make_meshes(c)
     layout = sharding.param_shardings(self.model, meshes.train)
     params, _ = hf.load(folder, dtype=jnp.float32, shardings=layout)
     from contextlib import nullcontext

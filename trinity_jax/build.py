@@ -55,7 +55,7 @@ def make_programs(
   spec = EngineSpec(
     model,
     s.slots,
-    aligned(buckets(cache, s.cache_buckets, smallest=64)),
+    aligned(buckets(cache, s.cache_buckets, smallest=256)),
     s.max_response_length,
     jnp.dtype(config.model.rollout_dtype or config.model.dtype),
     jnp.dtype(s.cache_dtype) if s.cache_dtype else None,
@@ -67,7 +67,7 @@ def make_programs(
     layout,
     launch,
     source=source,
-    prompt_lengths=buckets(chunk, s.prompt_buckets),
+    prompt_lengths=buckets(chunk, s.prompt_buckets, smallest=64),
     prompt_counts=tuple(
       sorted({min(n, max(1, s.slots // shards_of(mesh))) for n in s.prefill_batches})
     ),

@@ -111,8 +111,8 @@ class SamplerConfig:
   max_response_length: int = key(1024, "Most tokens sampled per response.", low=1)
   prompt_buckets: tuple = key(
     (),
-    "Chunk lengths prefills are compiled for; empty means powers of two up to prefill_chunk. "
-    "Longer prompts take several.",
+    "Chunk lengths prefills are compiled for; empty means powers of two from 64 to "
+    "prefill_chunk. Longer prompts take several.",
     each=int,
   )
   prefill_chunk: int = key(1024, "Longest chunk of one prefill.", low=1)
@@ -120,7 +120,7 @@ class SamplerConfig:
     (1, 8), "Prompts per prefill that programs are compiled for.", each=int
   )
   cache_buckets: tuple = key(
-    (), "Live cache lengths decode is compiled for; empty means powers of two.", each=int
+    (), "Live cache lengths decode is compiled for; empty means powers of two from 256.", each=int
   )
   cache_dtype: str = key(
     "",

@@ -34,6 +34,7 @@ __all__ = [
   "init",
   "logits",
   "output_weight",
+  "take_tokens",
   "unstack",
   "with_cache",
 ]
@@ -105,6 +106,7 @@ def with_cache(
   positions: jax.Array,  # i32, like tokens
   attend: Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array],
   *,
+  last: jax.Array | None = None,
   dtype: Any = None,
 ) -> jax.Array:
   """Hidden states of tokens whose past lives in a cache -> tokens.shape + [D].
@@ -112,11 +114,16 @@ def with_cache(
   Args:
     attend: (layer, q [..., H, A], k [..., K, A], v [..., K, A]) after rotation -> mixed
       [..., H, A]; stores k and v and looks at what it has stored.
+    last: i32[P], with tokens [P, T]: only the hidden states at these places are wanted -> [P, 1,
+      D]. The last layer then computes keys and values of every token, and nothing else of the
+      others; its q is [P, 1, H, A].
   """
   cos, sin = rope.tables(config, positions)
   x = _embed(params, tokens, dtype)
-  for i, weights in enumerate(params["layers"]):
-    x = _block(weights, config, x, cos, sin, functools.partial(attend, i))
+  layers = params["layers"]
+  for i, weights in enumerate(layers):
+    wanted = last if i == len(layers) - 1 else None
+    x = _block(weights, config, x, cos, sin, functools.partial(attend, i), wanted)
   return _rms_norm(x, params["final_norm"], config)
 
 
@@ -141,12 +148,20 @@ def _block(
   cos: jax.Array,
   sin: jax.Array,
   attend: Attend,
+  wanted: jax.Array | None = None,
 ) -> jax.Array:
-  """One layer of x [..., D] with rotary tables [..., A / 2]: attention, then the gated MLP."""
+  """One layer of x [..., D] with rotary tables [..., A / 2]: attention, then the gated MLP.
+
+  wanted: i32[P], with x [P, T, D]: the result is [P, 1, D], of these tokens only.
+  """
   with jax.named_scope("attention"):
     y = _rms_norm(x, weights["attn_norm"], config)
-    q, k, v = _project(weights, config, y)
-    mixed = attend(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v)
+    k, v = _heads(weights, config, y, "k"), _heads(weights, config, y, "v")
+    k = rope.rotate(k, cos, sin)
+    if wanted is not None:
+      x, y, cos, sin = (take_tokens(a, wanted) for a in (x, y, cos, sin))
+    q = rope.rotate(_heads(weights, config, y, "q"), cos, sin)
+    mixed = attend(q, k, v)
     x = x + ops.linear(mixed.reshape(*x.shape[:-1], -1), weights["wo"].astype(x.dtype))
   with jax.named_scope("mlp"):
     y = _rms_norm(x, weights["mlp_norm"], config)
@@ -156,21 +171,22 @@ def _block(
   return x
 
 
-def _project(weights: Params, config: ModelConfig, y: jax.Array):
-  """y [..., D] -> q [..., H, A], k and v [..., K, A], biased and normalised, not yet rotated."""
+def take_tokens(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x [P, T, ...] at index i32[P] -> [P, 1, ...]."""
+  return jnp.take_along_axis(x, index.reshape((-1,) + (1,) * (x.ndim - 1)), axis=1)
 
-  def heads(name: str, count: int) -> jax.Array:
-    out = ops.linear(y, weights[f"w{name}"].astype(y.dtype))
-    if config.qkv_bias:
-      bias = weights[f"b{name}"].astype(y.dtype)
-      out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
-    return out.reshape(*y.shape[:-1], count, config.head_dim)
 
-  q, k = heads("q", config.num_heads), heads("k", config.num_kv_heads)
-  v = heads("v", config.num_kv_heads)
-  if config.qk_norm:
-    q, k = _rms_norm(q, weights["q_norm"], config), _rms_norm(k, weights["k_norm"], config)
-  return q, k, v
+def _heads(weights: Params, config: ModelConfig, y: jax.Array, name: str) -> jax.Array:
+  """q, k or v of y [..., D] -> [..., H or K, A], biased and normalised, not yet rotated."""
+  count = config.num_heads if name == "q" else config.num_kv_heads
+  out = ops.linear(y, weights[f"w{name}"].astype(y.dtype))
+  if config.qkv_bias:
+    bias = weights[f"b{name}"].astype(y.dtype)
+    out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
+  out = out.reshape(*y.shape[:-1], count, config.head_dim)
+  if config.qk_norm and name != "v":
+    out = _rms_norm(out, weights[f"{name}_norm"], config)
+  return out
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:

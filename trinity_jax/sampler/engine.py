@@ -179,9 +179,12 @@ def extend(spec: EngineSpec, params, state: DecodeState, tokens, starts, counts,
   T = tokens.shape[1]
   positions = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
   needed = jnp.max(jnp.where(slots >= 0, starts + counts, 0))
+  last = jnp.maximum(counts - 1, 0)
   layers = list(state.cache)
 
   def attend(i, q, k, v):
+    asking = positions if q.shape[1] == T else transformer.take_tokens(positions, last)
+
     def local(layer, slots, starts, positions, needed, q, k, v):
       layer = cache_lib.write_chunks(layer, slots, starts, k, v)
       return layer, ops.extend_attention(
@@ -190,13 +193,13 @@ def extend(spec: EngineSpec, params, state: DecodeState, tokens, starts, counts,
 
     inputs = (layers[i], _ROWS, _ROWS, _ROWS, PartitionSpec(), *(_CHUNK_HEADS,) * 3)
     run = _local(local, inputs, (layers[i], _CHUNK_HEADS))
-    layers[i], mixed = run(layers[i], slots, starts, positions, needed, q, k, v)
+    layers[i], mixed = run(layers[i], slots, starts, asking, needed, q, k, v)
     return mixed
 
-  hidden = transformer.with_cache(params, spec.model, tokens, positions, attend, dtype=spec.dtype)
-  last = jnp.maximum(counts - 1, 0)[:, None, None]
-  hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-  logits = transformer.logits(params, spec.model, hidden)
+  hidden = transformer.with_cache(
+    params, spec.model, tokens, positions, attend, last=last, dtype=spec.dtype
+  )
+  logits = transformer.logits(params, spec.model, hidden[:, 0])
   return dataclasses.replace(state, cache=tuple(layers)), logits
 
 
