@@ -6,6 +6,8 @@ Names:
   half     a half-full train step against a full one
   sampler  tokens per second for equal and for long-tailed lengths, slot occupancy, share of the
            roofline, the host's share, group prefill, multi-turn; beside peers as above
+  decode   decode steps of a published architecture (--preset) with random weights: the share of
+           the memory's rate that a GPU or TPU reaches
 
 Every figure is a median over repeats with the minimum beside it; compilation is reported apart. A
 ratio compares two figures of the same run. Rows of --json: name, value, unit, ratio_to, ratio.
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from absl import app, flags
 from benchmark import Row
+from perf_decode import bench_decode
 from perf_sampler import bench_sampler
 from perf_step import bench_half, bench_step
 
@@ -30,6 +33,7 @@ COMMANDS: dict[str, Callable[[], list[Row]]] = {
   "step": bench_step,
   "half": bench_half,
   "sampler": bench_sampler,
+  "decode": bench_decode,
 }
 
 

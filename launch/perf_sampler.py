@@ -25,7 +25,6 @@ class Bench:
   """A sampler of one model with a config's sampler keys."""
 
   def __init__(self, folder: Path, **keys: Any):
-    import jax
     import jax.numpy as jnp
 
     from trinity_jax import build
