@@ -121,7 +121,7 @@ def test_requests_that_do_not_fit_are_refused_by_name(fakes):
 
 
 def test_weights_swap_between_dispatches_and_every_token_knows_its_version(fakes):
-  programs = fakes.FakePrograms(slots=2)
+  programs = fakes.FakePrograms(slots=1)
   with fakes.sampler_on(programs, steps=2) as sampler:
     programs.gate.clear()
     r = fakes.request(1, limit=8)
