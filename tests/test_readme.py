@@ -25,3 +25,19 @@ def test_links_files_and_targets_exist():
     assert re.search(rf"^{target}:", makefile, re.M), target
   for folder in re.findall(r"^\| `([\w/]+)` \|", TEXT, re.M):
     assert (ROOT / folder).is_dir(), folder
+
+
+def test_the_samplers_example_runs(tmp_path, capsys):
+  from trinity_jax.models.hf import write_tiny_checkpoint
+
+  model = write_tiny_checkpoint(
+    tmp_path / "model", hidden=32, layers=1, heads=2, kv_heads=2, head_dim=16, intermediate=32
+  )
+  code = next(c for c in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "MODEL_FOLDER" in c)
+  code = code.replace("MODEL_FOLDER", str(model))
+  # One device of the eight, and short buckets: the example is of the calls.
+  code = code.replace("build.make_meshes(config)", "build.make_meshes(config, jax.devices()[:1])")
+  code = code.replace("512, 256", "16, 64")
+  exec(compile(code, "README.md", "exec"), {})  # our own text
+  printed = capsys.readouterr().out
+  assert "Completion(tokens=array(" in printed and printed.count("[") >= 2

@@ -117,8 +117,8 @@ def make_engine(
   model: ModelConfig,
   meshes: Meshes,
   launch: LaunchOrder,
-  span: Callable[[str], contextlib.AbstractContextManager],
-  tokenizer_dir: Path,
+  span: Callable[[str], contextlib.AbstractContextManager] = lambda _: contextlib.nullcontext(),
+  tokenizer_dir: Path | None = None,
 ) -> RolloutEngine:
   """What samples for the explorer, its programs compiled.
 
