@@ -278,16 +278,26 @@ def full_forward(model: ModelConfig, params, logs: Sequence[Sequence[int]], leng
   return np.asarray(_full_forward(model)(params, tokens))
 
 
-def perturbed(model: ModelConfig, params, ask: Ask, tokens: Sequence[int], length: int):
-  """f32[n, V]: what each token of an answer is the argmax of, from a full forward pass."""
-  n, m = len(ask.prompt), len(tokens)
-  logits = full_forward(model, params, [[*ask.prompt, *tokens]], length)[0, n - 1 : n + m - 1]
-  assert (ask.top_k, ask.top_p, ask.min_p) == (0, 1.0, 0.0), "not for truncated distributions"
-  if ask.temperature == 0:
-    return logits
-  keys = np.broadcast_to(request_key(ask.key), (length, 2))
-  noise = _noise(model.vocab_size)(keys, np.arange(length, dtype=np.int32))
-  return logits / np.float32(ask.temperature) + np.asarray(noise)[n : n + m]
+def perturbed(
+  model: ModelConfig,
+  params,
+  asks: Sequence[Ask],
+  answers: Sequence[Sequence[int]],
+  length: int,
+) -> list[np.ndarray]:
+  """f32[n, V] per request: what its tokens are the argmax of, by a full forward pass."""
+  whole = [[*a.prompt, *tokens] for a, tokens in zip(asks, answers, strict=True)]
+  out = []
+  for a, log, logits in zip(asks, whole, full_forward(model, params, whole, length)):
+    assert (a.top_k, a.top_p, a.min_p) == (0, 1.0, 0.0), "not for truncated distributions"
+    n = len(a.prompt)
+    scores = logits[n - 1 : len(log) - 1]
+    if a.temperature > 0:
+      keys = np.broadcast_to(request_key(a.key), (length, 2))
+      noise = np.asarray(_noise(model.vocab_size)(keys, np.arange(length, dtype=np.int32)))
+      scores = scores / np.float32(a.temperature) + noise[n : len(log)]
+    out.append(scores)
+  return out
 
 
 @dataclasses.dataclass
