@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from trinity_jax import ops
 from trinity_jax.errors import UserError
 from trinity_jax.models import sharding, transformer
 from trinity_jax.models.presets import PRESETS, ModelConfig
@@ -56,26 +57,30 @@ def test_loss_and_gradients_equal_one_device(sizes):
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
-def test_decode_equals_one_device():
+def test_with_cache_equals_one_device():
+  """The model around an attention that knows of no mesh; the sampler's is tested beside it."""
   params, *_ = _alone()
   mesh = sharding.make_mesh(2, 2, 2)
-  tokens = _batch()[0]
-  lengths = np.arange(1, 9, dtype=np.int32)
+  tokens, positions, segment_ids = _batch()
 
   @functools.partial(jax.jit, compiler_options=_QUICK)
-  def run(params, tokens, lengths):
-    hidden, k, v = transformer.prefill(params, CONFIG, tokens, lengths)
-    step = functools.partial(transformer.decode, params, CONFIG, live=12)
-    out, k, v = step(tokens[:, 0], lengths, k, v)
-    return hidden, out, k
+  def run(params, tokens, positions, segment_ids):
+    attend = functools.partial(ops.attention, positions=positions, segment_ids=segment_ids)
+    hidden = transformer.with_cache(
+      transformer.unstack(params, CONFIG), CONFIG, tokens, positions,
+      lambda i, q, k, v: attend(q, k, v),
+    )  # fmt: skip
+    return hidden, transformer.logits(params, CONFIG, hidden)
 
-  want = run(params, tokens, lengths)
+  want = run(params, tokens, positions, segment_ids)
   placed = jax.device_put(params, sharding.param_shardings(CONFIG, mesh))
   rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
   with jax.set_mesh(mesh):
-    got = run(placed, *jax.device_put((tokens, lengths), rows))
+    got = run(placed, *jax.device_put((tokens, positions, segment_ids), rows))
   for a, b in zip(got, want):
     np.testing.assert_allclose(a, b, atol=1e-5)
+  hidden = transformer.forward(params, CONFIG, tokens, positions, segment_ids)
+  np.testing.assert_allclose(want[0], hidden, atol=1e-5)
 
 
 def test_weights_are_split_as_the_rules_say():
