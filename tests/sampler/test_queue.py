@@ -375,12 +375,12 @@ def test_a_consumer_that_stops_early_frees_the_slot(fakes, how):
 
 
 def test_a_stream_says_why_it_broke(fakes):
-  programs = fakes.FakePrograms(slots=1)
+  programs = fakes.FakePrograms(slots=1, max_response=400, lives=(50, 406))
   with fakes.sampler_on(programs, steps=1) as sampler:
 
     async def main():
       sampler.enter()
-      async for _ in sampler.stream(fakes.request(1)):
+      async for _ in sampler.stream(fakes.request(1, limit=400)):
         programs.fail["generate"] = MemoryError("full")
 
     with pytest.raises(RunFailed, match="MemoryError: full"):

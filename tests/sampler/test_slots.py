@@ -144,6 +144,8 @@ class Machine(RuleBasedStateMachine):
         assert s.stage is Stage.PREFILL and source.stage is not Stage.FREE
         assert slots.shard(source) == slots.shard(s) and s.context == source.context
         assert np.array_equal(source.tokens[:n], s.tokens[:n])
+      if s.stage is Stage.FREE and not s.filled:
+        assert s.index not in slots.index._held, "the index knows what no slot holds"
       blocks += len(s.tokens) // BLOCK
     assert len(slots.index) <= blocks, "the index knows more than the slots hold"
 

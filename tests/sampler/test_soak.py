@@ -126,7 +126,7 @@ class Soak:
       if ended >= self.count // 5:
         warm()
         warm = lambda: None
-      if ended // swap_every > swaps and swaps < SWAP_COUNT:
+      while swaps < min(SWAP_COUNT, ended // swap_every):
         swaps += 1
         self.version += 1
         self.sampler.set_params(self.version, self.params(self.version))

@@ -120,6 +120,17 @@ def test_nothing_is_reused_across_versions(fakes, make, on_swap):
     assert sampler.stats["reused_tokens"] == 0
 
 
+def test_nothing_is_reused_across_weights_of_one_version(fakes, make):
+  """A stage may publish its weights under the number that an evaluation had."""
+  programs = make()
+  with fakes.sampler_on(programs) as sampler:
+    r = fakes.request(1, (1,) * 30)
+    got, _ = say(sampler, fakes, r)
+    sampler.set_params(0, "params 0")
+    r = after(r, got, 2)
+    assert say(sampler, fakes, r)[1] == len(r.tokens)
+
+
 def test_nothing_is_reused_from_a_context_of_two_versions(fakes, make):
   programs = make()
   with fakes.sampler_on(programs, on_swap="keep", steps=1) as sampler:
