@@ -341,9 +341,23 @@ def test_the_chunks_of_a_stream_are_the_result(fakes, on_swap):
     assert fakes.idle(sampler)
 
 
+def waits_after_one_dispatch(programs) -> threading.Event:
+  """Until the consumer has acted on the first chunk."""
+  acted, generate, calls = threading.Event(), programs.generate, []
+
+  def slow(*args):
+    calls.append(1)
+    assert len(calls) == 1 or acted.wait(30)
+    return generate(*args)
+
+  programs.generate = slow
+  return acted
+
+
 @pytest.mark.parametrize("how", ["close", "cancel"])
 def test_a_consumer_that_stops_early_frees_the_slot(fakes, how):
   programs = fakes.FakePrograms(slots=1, max_response=400, lives=(50, 406))
+  acted = waits_after_one_dispatch(programs)
   with fakes.sampler_on(programs, steps=1) as sampler:
 
     async def consume():
@@ -357,6 +371,7 @@ def test_a_consumer_that_stops_early_frees_the_slot(fakes, how):
       finally:
         await stream.aclose()
         sampler.leave()
+        acted.set()
 
     async def main():
       task = asyncio.create_task(consume())
@@ -375,13 +390,15 @@ def test_a_consumer_that_stops_early_frees_the_slot(fakes, how):
 
 
 def test_a_stream_says_why_it_broke(fakes):
-  programs = fakes.FakePrograms(slots=1, max_response=400, lives=(50, 406))
+  programs = fakes.FakePrograms(slots=1)
+  acted = waits_after_one_dispatch(programs)
   with fakes.sampler_on(programs, steps=1) as sampler:
 
     async def main():
       sampler.enter()
-      async for _ in sampler.stream(fakes.request(1, limit=400)):
+      async for _ in sampler.stream(fakes.request(1)):
         programs.fail["generate"] = MemoryError("full")
+        acted.set()
 
     with pytest.raises(RunFailed, match="MemoryError: full"):
       run(main())

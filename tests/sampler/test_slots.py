@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
     ready = [s for s in self.slots.at(Stage.PREFILL) if s.source is None]
     assert bool(chunks) == bool(ready)
     if chunks:
-      for first, row, twins in self.cache.extend(chunks, T):
+      for first, _, twins in self.cache.extend(chunks, T):
         assert all(np.array_equal(t.tokens, first.tokens) for t in twins)
 
   @precondition(lambda self: self.slots.at(Stage.DECODE))
