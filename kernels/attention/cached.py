@@ -74,7 +74,7 @@ def extend(
   segments: Sequence[Segment],
   slots: jax.Array,  # i32[P], the slot each row continues
   positions: jax.Array,  # i32[P, T], of each query = index of its own cache entry
-  needed: jax.Array,  # i32[], entries at and beyond it are not read
+  needed: jax.Array,  # i32[], blocks that begin at or beyond it are not read
   window: int | None = None,
 ) -> jax.Array:  # [P, T, H, A]
   """A chunk of each row against entries 0..position of the row's slot.

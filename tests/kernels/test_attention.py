@@ -81,31 +81,10 @@ def test_by_hand():
       np.testing.assert_allclose(out[0, :, 0, 0], want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_decode_attends_to_the_cache_like_a_row(window):
-  S, T, H, K, A, C = 3, 9, 4, 2, 8, 12
-  q, k, v, *_ = _inputs(0, S, T, H, K, A)
-  positions = np.broadcast_to(np.arange(T), (S, T))
-  want = ops.attention(
-    q, k, v, positions=positions, segment_ids=np.ones((S, T), np.int32), window=window
-  )
-  caches = [np.full((2, S, K, C, A), 1e4, np.float32) for _ in range(2)]
-  for cache, x in zip(caches, (k, v)):
-    cache[1, :, :, :T] = x.swapaxes(1, 2)
-  at = np.array([8, 0, 5], np.int32)
-  slots = np.arange(S)
-  got = ops.decode_attention(
-    q[slots, at], *caches, layer=jnp.int32(1), live=10, positions=at, window=window
-  )
-  np.testing.assert_allclose(got, np.asarray(want)[slots, at], atol=2e-6)
-
-
 def test_unknown_implementation_is_an_error():
   q, k, v, _, positions, segment_ids = _inputs(0, 1, 4, 2, 2, 4)
   with pytest.raises(UserError, match="attention: implementation 'xl' does not exist.*'xla'"):
-    ops.attention(
-      q, k, v, positions=positions, segment_ids=segment_ids, implementation="xl"
-    )
+    ops.attention(q, k, v, positions=positions, segment_ids=segment_ids, implementation="xl")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
