@@ -146,7 +146,7 @@ def extend_attention(
 ) -> jax.Array:
   """A chunk of each row against cache entries 0..position of the row's slot -> [P, T, H, A].
 
-  Entries at and beyond `needed` (traced) are not read.
+  Blocks of entries that begin at or beyond `needed` (traced) are not read.
   """
   return _cached.extend(q, segments, slots, positions, needed, window)
 
