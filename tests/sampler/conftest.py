@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_engine
 
 from trinity_jax.experience import StopReason
 from trinity_jax.launch_order import LaunchOrder
@@ -366,3 +367,9 @@ def tools():
 def fakes():
   """A numpy engine that checks the scheduler, and helpers to ask it; see support/fake_engine.py."""
   return fake_engine.fakes
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """A decoder with room for dialogues and three policies; see support/tiny_engine.py."""
+  return tiny_engine.TinyEngine()

@@ -503,7 +503,7 @@ def test_everything_at_once_from_many_threads(fakes):
       while not stop.is_set():
         sampler.pause()
         before = len(programs.of("generate"))
-        sampler.describe(), sampler.metrics()
+        assert "paused" in sampler.describe() and sampler.metrics()
         assert len(programs.of("generate")) == before, "decoded while paused"
         sampler.resume()
         stop.wait(0.002)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from trinity_jax.sampler.sampling import request_key
 from trinity_jax.sampler.scheduler import SWAPS, Sampler
 
 
-def hooked(programs, name, then):
+def hooked(programs, name, then) -> Any:
   """A proxy whose program `name` calls then(n) before its n-th call (from 1)."""
 
   class Hooked:
@@ -215,6 +216,34 @@ def test_an_adopted_request_keeps_its_deadline_and_its_run(fakes):
     b.adopt(a.hand_over())
     assert future.result(fakes.WAIT).stop_reason is StopReason.TIMEOUT
     assert a._busy == 1 and b._busy == 0
+
+
+@pytest.mark.parametrize("when", ["in nobody's hands", "waiting", "decoding"])
+def test_abort_where_it_was_asked_reaches_the_sampler_that_has_it(fakes, when):
+  fake = fakes.FakePrograms()
+  version = 0 if when == "decoding" else None  # without weights it sleeps
+  with (
+    fakes.sampler_on(fakes.FakePrograms(), version=None) as a,
+    fakes.sampler_on(fake, version=version) as b,
+  ):
+    fake.gate.clear()
+    future = fakes.ask(a, fakes.request(1))
+    opens = a.hand_over()
+    if when != "in nobody's hands":
+      b.adopt(opens)
+    if when == "decoding":
+      assert fake.reached.acquire(timeout=fakes.WAIT)
+    a.abort(future)
+    a.abort(future)
+    b.abort(future)
+    assert a._busy == 1
+    if when == "in nobody's hands":
+      b.adopt(opens)
+    fake.gate.set()
+    got = future.result(fakes.WAIT)
+    assert got.stop_reason is StopReason.ABORTED and len(got.tokens) < 8
+    a.abort(future)
+    assert a._busy == 1 and b._busy == 0 and not b._accepted
 
 
 def test_a_smaller_sampler_adopts_nothing(fakes):
