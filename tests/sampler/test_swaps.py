@@ -233,6 +233,7 @@ def test_abort_where_it_was_asked_reaches_the_sampler_that_has_it(fakes, when):
       b.adopt(opens)
     if when == "decoding":
       assert fake.reached.acquire(timeout=fakes.WAIT)
+    threading.Event().wait(0.05)  # so that it sleeps again, and has to be woken
     a.abort(future)
     a.abort(future)
     b.abort(future)
