@@ -39,10 +39,10 @@ class World:
     self.layout = sharding.param_shardings(hf.load_config(path), self.mesh)
     self.params, model = hf.load(path, dtype=jnp.float32, shardings=self.layout)
     self.tokenizer = Tokenizer.load(path)
-    spec = EngineSpec(model, slots=4, cache_length=PROMPT + RESPONSE, max_response=RESPONSE)
+    spec = EngineSpec(model, 4, live_lengths=(PROMPT + RESPONSE,), max_response=RESPONSE)
     self.programs = Programs(
       spec, self.mesh, self.layout, self.launch,
-      prompt_lengths=(PROMPT,), prompt_counts=(4,), live_lengths=(PROMPT + RESPONSE,),
+      prompt_lengths=(PROMPT,), prompt_counts=(4,),
     )  # fmt: skip
     self.programs.warmup(self.params)
 
@@ -59,7 +59,8 @@ class World:
       yield sampler
       if check:
         assert sampler.error is None
-        assert sampler._busy == 0 and not sampler._waiting and not any(sampler._slots)
+        assert sampler._busy == 0 and not sampler._waiting
+        assert not any(slot.open for slot in sampler._driver.slots)
     finally:
       sampler.close()
 
@@ -77,7 +78,7 @@ class World:
       return Score(1.0, {"accuracy": 1.0})
 
     runner = Runner(
-      workflow, grade or ones, lambda id: self.model(sampler, id), sampler.leave,
+      workflow, grade or ones, lambda id: self.model(sampler, id), lambda _: sampler.leave(),
       lambda _: contextlib.nullcontext(), timeout=timeout, retries=retries,
     )  # fmt: skip
 

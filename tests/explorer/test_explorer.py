@@ -64,7 +64,7 @@ class Rig:
     self.buffer = ReplayBuffer(capacity, config.explorer.batch_size, start + 1)
     self.evals: list[tuple[int, dict, list]] = []
     self.explorer = Explorer(
-      config, sampler=sampler, tokenizer=world.tokenizer, schedule=self.schedule,
+      config, engine=sampler, tokenizer=world.tokenizer, schedule=self.schedule,
       synchronizer=self.sync, buffer=self.buffer,
       taskset=Taskset([world.task(i, text=chr(97 + i)) for i in range(7)], seed=1),
       held_out=held_out, grade=grade, span=lambda _: contextlib.nullcontext(),
@@ -326,7 +326,7 @@ def test_a_dead_sampler_ends_the_explorer_and_the_trainers_wait(world, workflow,
     rig = Rig(world, sampler, config_of(world, **{"explorer.max_retries": 2}))
 
     async def kills(task, model):
-      sampler._state = None  # the next dispatch fails in the sampler's thread
+      sampler._driver._state = None  # the next dispatch fails in the sampler's thread
       await model.chat(task.messages)
 
     workflow(kills)

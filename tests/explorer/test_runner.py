@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 
 import numpy as np
 import pytest
@@ -191,15 +192,11 @@ def test_reward_components_and_metrics(world):
 def test_a_dead_sampler_ends_the_run_with_its_cause(world):
   cause = MemoryError("out of memory")
 
-  class Broken:
-    def __init__(self, programs):
-      self.__dict__.update(vars(programs))
-      self.init_state = programs.init_state
+  def breaks(*_):
+    raise cause
 
-    def admit(self, *_):
-      raise cause
-
-  whole, world.programs = world.programs, Broken(world.programs)
+  whole, world.programs = world.programs, copy.copy(world.programs)
+  world.programs.extend = breaks
   try:
     with world.sampler(check=False) as sampler:
       with pytest.raises(RunFailed, match="out of memory") as e:
@@ -224,7 +221,7 @@ def test_cancelling_a_run_cancels_it(world):
 
     async def main():
       runner = Runner(
-        stubborn, grade, lambda id: world.model(sampler, id), sampler.leave, lambda _: None,
+        stubborn, grade, lambda id: world.model(sampler, id), lambda _: sampler.leave(), lambda _: None,
         timeout=60, retries=5,
       )  # fmt: skip
       sampler.enter()

@@ -47,7 +47,7 @@ def test_a_chat_is_recorded_token_by_token(world):
   assert e.reward == 0.5 and e.info == {"task": 3} and e.temperature == 1.0
   assert e.metrics == {
     "rewards/accuracy": 1.0, "rewards/format": -0.5, "response_length": e.num_actions,
-    "prompt_length": n, "num_turns": 1,
+    "prompt_length": n, "num_turns": 1, "mixed_tokens": 0,
   }  # fmt: skip
   assert e.stop_reason in (StopReason.STOP, StopReason.LENGTH)
 
