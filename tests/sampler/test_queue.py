@@ -320,6 +320,14 @@ def test_closing_hard_ends_a_drain(fakes):
 @pytest.mark.parametrize("on_swap", ["keep", "recompute", "drain"])
 def test_the_chunks_of_a_stream_are_the_result(fakes, on_swap):
   programs = fakes.FakePrograms(slots=2, max_response=20)
+  generate, loops = programs.generate, []
+
+  def after_the_loop(*args):
+    """Not before the consumers have had their turn, however slow their thread is."""
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.001), loops[0]).result(fakes.WAIT)
+    return generate(*args)
+
+  programs.generate = after_the_loop
   with fakes.sampler_on(programs, steps=2, on_swap=on_swap) as sampler:
 
     async def one(i):
@@ -335,6 +343,7 @@ def test_the_chunks_of_a_stream_are_the_result(fakes, on_swap):
       fakes.check(join(chunks, chunks[-1].stop_reason), r)
 
     async def main():
+      loops.append(asyncio.get_running_loop())
       await asyncio.gather(*map(one, range(5)))
 
     run(main())
