@@ -108,7 +108,8 @@ def test_memory_is_that_of_the_shards():
   s, m = stage.sampler, model
   cache = 2 * 4 * m.num_layers * s.slots * m.num_kv_heads * 13 * m.head_dim
   assert cache <= one["cache"] < 1.2 * cache  # and the requests' arrays
-  kept = one["parameters"] + one["optimizer"] + one["published"] + one["cache"]
+  assert one["sampler"] == one["published"]  # of one version
+  kept = sum(one[k] for k in ("parameters", "optimizer", "published", "sampler", "cache"))
   assert one["peak"] == kept + max(one["training"], one["sampling"])
 
   data = measure(data=8)
@@ -116,6 +117,19 @@ def test_memory_is_that_of_the_shards():
   fsdp = measure(data=1, fsdp=8)
   assert numbers / 8 <= fsdp["parameters"] / 4 < numbers / 8 + 2000  # norms are on every device
   assert fsdp["training"] < data["training"] < one["training"]
+
+  # Two devices of each kind: neither holds what only the other needs.
+  train = sharding.make_mesh(1, 2, 1, jax.devices()[:2])
+  rollout = sharding.make_mesh(1, 1, 2, jax.devices()[2:4])
+  programs = check_lib.build.make_programs(
+    stage, model, rollout, sharding.param_shardings(model, rollout), None
+  )
+  layout = sharding.param_shardings(model, train)
+  apart = memory_per_device(stage, model, train, layout, programs, pack_spec(stage), False)
+  there = 2 * apart["sampler"] + apart["cache"]
+  here = sum(apart[k] for k in ("parameters", "optimizer", "published", "training"))
+  assert apart["peak"] == max(here, there) and apart["sampling"] < apart["sampler"]
+  assert numbers / 2 <= apart["sampler"] / 4 < numbers / 2 + 2000
 
   remat = {k: measure({"model": dataclasses.replace(stage.model, remat=k)}, data=8)["training"]
            for k in ("none", "dots", "full")}  # fmt: skip

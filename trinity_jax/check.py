@@ -163,9 +163,9 @@ def render(stage: Plan) -> str:
     "steps": f"{steps} of {spec.sequences} experiences, saved every {config.trainer.save_interval}",
     "rows": f"{spec.rows} x {spec.row_lengths} a micro-batch, at most {spec.micros} micro-batches",
     "sampler": f"{config.sampler.slots} slots x {longest} tokens, prompts "
-    f"{programs.prompt_lengths}, {programs.prompt_counts} a prefill",
-    "programs": f"{len(programs.prompt_lengths) * len(programs.prompt_counts)} prefill, "
-    f"{len(programs.live_lengths)} decode, {len(spec.row_lengths)} train",
+    f"{programs.prompt_lengths}, {programs.prompt_counts} a prefill and part of the mesh",
+    "programs": f"{programs.count} of the sampler, decoding over {programs.live_lengths} entries; "
+    f"{len(spec.row_lengths)} train",
     "memory": "per device, estimated: " + ", ".join(f"{k} {_bytes(v)}" for k, v in memory.items()),
   }
   if beyond:

@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 
 from trinity_jax.config import Config
 from trinity_jax.models import params as params_lib
+from trinity_jax.models import sharding
 from trinity_jax.models.presets import ModelConfig
 from trinity_jax.sampler import engine
 from trinity_jax.sampler.programs import Programs
 from trinity_jax.schedule import Schedule
 from trinity_jax.trainer.packing import PackSpec
 
+BLOCK = 512  # cache entries that an extend attends to at once, see kernels/attention/cached.py
 LOGITS = 2**25  # bytes of one chunk of float32 logits in linear_logprob, when T x V is larger
 
 
@@ -41,30 +43,38 @@ def memory_per_device(
     reference: whether a reference model is kept.
 
   Returns:
-    parameters, optimizer, published (every version kept), reference, cache: kept for the whole
-    stage; training, sampling: within a step; peak: the first five plus the larger phase.
+    parameters, optimizer, published (every version kept), reference, sampler (the rollout weights
+    again, one array a layer), cache (and what else the sampler keeps per slot): kept for the whole
+    stage; training, sampling: within a step; peak: what is kept plus the larger phase. Where
+    samplers have devices of their own, published weights pass through there, and the peak is that
+    of the fuller device.
   """
   numbers = held(params_lib.abstract(model), layout)
   master = numbers * jnp.dtype(config.model.param_dtype).itemsize
   rollout = jnp.dtype(config.model.rollout_dtype or config.model.dtype).itemsize
   versions = Schedule(config.sync.interval, config.sync.offset).max_lag + 1
+  own = held(params_lib.abstract(model), sharding.param_shardings(model, programs.mesh)) * rollout
   state = jax.eval_shape(lambda: engine.init_state(programs.spec))
   cache = sum(
     math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
     for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(programs.state_shardings))
   )
-  out = {
+  train = {
     "parameters": master,
     "optimizer": 0 if config.optimizer.name == "sgd" else 2 * master,
     "published": versions * numbers * rollout,
     "reference": master if reference else 0,
-    "cache": cache,
   }
-  kept = sum(out.values())
+  sample = {"sampler": own, "cache": cache}
   # The float32 sum over micro-batches, and one micro-batch's gradient.
-  out["training"] = 4 * numbers + master + activations(config, model, mesh, spec)
-  out["sampling"] = sampling(config, model, mesh, programs)
-  return {**out, "peak": kept + max(out["training"], out["sampling"])}
+  training = 4 * numbers + master + activations(config, model, mesh, spec)
+  within = sampling(model, programs)
+  kept, kept_there = sum(train.values()), sum(sample.values())
+  if set(mesh.devices.flat).isdisjoint(programs.mesh.devices.flat):
+    peak = max(kept + training, kept_there + max(own, within))
+  else:
+    peak = kept + kept_there + max(training, within)
+  return {**train, **sample, "training": training, "sampling": within, "peak": peak}
 
 
 def held(specs: Any, layout: Any) -> int:
@@ -95,13 +105,17 @@ def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) 
   return tokens * layers + head
 
 
-def sampling(config: Config, model: ModelConfig, mesh: Mesh, programs: Programs) -> int:
-  """The larger of a decode step's logits and a prefill's cache, logits and mlp, on one device."""
-  over = mesh.shape["data"] * mesh.shape["fsdp"]
-  size = jnp.dtype(programs.spec.dtype).itemsize
-  prompts, T = max(programs.prompt_counts), max(programs.prompt_lengths)
-  decode = 2 * 4 * (config.sampler.slots // over) * model.vocab_size
-  kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim // mesh.shape["tensor"]
-  layer = 3 * (model.hidden_size + model.intermediate_size // mesh.shape["tensor"])
-  prefill = prompts * (T * size * (kv + layer) + 4 * model.vocab_size)
-  return max(decode, prefill)
+def sampling(model: ModelConfig, programs: Programs) -> int:
+  """The larger of a decode step's and an extend's logits, scores and mlp, on one device.
+
+  Both work in the cache itself. An extend's scores are of one block of entries at a time.
+  """
+  spec, tensor = programs.spec, programs.mesh.shape["tensor"]
+  size, C, H = jnp.dtype(spec.dtype).itemsize, spec.cache_length, model.num_heads // tensor
+  qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+  layer = size * (3 * model.hidden_size + (qkv + 3 * model.intermediate_size) // tensor)
+  logits = 2 * 4 * model.vocab_size
+  decode = spec.slots // programs.shards * (layer + 4 * H * C + logits)
+  rows, T = max(programs.prompt_counts), max(programs.prompt_lengths)
+  extend = rows * (T * (layer + 4 * H * min(C, BLOCK)) + logits)
+  return max(decode, extend)

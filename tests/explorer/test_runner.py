@@ -221,8 +221,8 @@ def test_cancelling_a_run_cancels_it(world):
 
     async def main():
       runner = Runner(
-        stubborn, grade, lambda id: world.model(sampler, id), lambda _: sampler.leave(), lambda _: None,
-        timeout=60, retries=5,
+        stubborn, grade, lambda id: world.model(sampler, id), lambda _: sampler.leave(),
+        lambda _: None, timeout=60, retries=5,
       )  # fmt: skip
       sampler.enter()
       run = asyncio.create_task(runner.run(world.task(), world.model(sampler).id))

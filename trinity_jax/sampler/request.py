@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trinity_jax.errors import UserError
 from trinity_jax.experience import StopReason
+from trinity_jax.sampler.engine import STOP_IDS, EngineSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,35 @@ class Completion:
   versions: np.ndarray
   mixed: np.ndarray
   stop_reason: StopReason
+
+  def after(self, n: int) -> Completion:
+    """The same without its first n tokens."""
+    rest = {k: getattr(self, k)[n:] for k in ("tokens", "logprobs", "versions", "mixed")}
+    return Completion(**rest, stop_reason=self.stop_reason)
+
+
+def check(request: Request, spec: EngineSpec, so_far: Completion | None = None) -> None:
+  """Raises UserError for a request that an engine was not compiled for, or that has ended."""
+  prompt, longest = len(request.tokens), spec.cache_length - 1
+  if not 1 <= prompt <= longest:
+    raise UserError(
+      f"prompt of {prompt} tokens: the cache of sampler.max_prompt_length + "
+      f"max_response_length allows 1 to {longest}"
+    )
+  most = min(spec.max_response, spec.cache_length - prompt)
+  if not 1 <= request.limit <= most:
+    raise UserError(
+      f"response limit {request.limit} after a prompt of {prompt} tokens: must be 1 to {most} "
+      "(sampler.max_response_length)"
+    )
+  if len(request.stop_ids) > STOP_IDS:
+    raise UserError(f"{len(request.stop_ids)} stop tokens: at most {STOP_IDS}")
+  done = [] if so_far is None else so_far.tokens.tolist()
+  if len(done) >= request.limit or (done and done[-1] in request.stop_ids):
+    raise UserError(
+      f"so_far has {len(done)} tokens of {request.limit}, ending in {done[-1]}: nothing is left "
+      "to sample; use it as the result"
+    )
 
 
 def join(parts: Sequence[Completion], stop_reason: StopReason) -> Completion:

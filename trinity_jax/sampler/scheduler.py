@@ -18,11 +18,10 @@ from typing import Any
 from trinity_jax.errors import RunFailed, UserError, suggestion
 from trinity_jax.experience import StopReason
 from trinity_jax.sampler.driver import Driver
-from trinity_jax.sampler.engine import STOP_IDS
 from trinity_jax.sampler.programs import Programs
-from trinity_jax.sampler.request import Completion, Request, join
+from trinity_jax.sampler.request import Completion, Request, check, join
 from trinity_jax.sampler.roofline import Rates
-from trinity_jax.sampler.slots import Open, Stage
+from trinity_jax.sampler.slots import NEVER, Open, Stage
 
 SWAPS = ("keep", "recompute", "drain")
 
@@ -133,7 +132,7 @@ class Sampler:
       self.pause()  # the thread stays where it is until the lock is given back
       self._driver.evict(set(self._accepted.values()))
       self._handed |= self._accepted
-      out = sorted(self._accepted.values(), key=_order)
+      out = sorted(self._accepted.values(), key=lambda o: o.order)
       self._accepted, self._waiting = {}, []
       self._stopping = True
     self.close()
@@ -147,7 +146,7 @@ class Sampler:
       RunFailed: the sampler has died or was closed.
     """
     for open_ in opens:
-      self._check(open_.request)
+      check(open_.request, self._programs.spec)
     with self._changed:
       self._refuse_if_closed()
       for open_ in opens:
@@ -213,7 +212,7 @@ class Sampler:
 
   def _accept(self, request: Request, so_far=None, sink=None, most: int = 0) -> Future:
     """most: requests that may wait already, 0 for any number."""
-    self._check(request, so_far)
+    check(request, self._programs.spec, so_far)
     future: Future = Future()
     future.set_running_or_notify_cancel()
     open_ = Open(request, future, self, [so_far] if so_far else [], sink, keeper=self)
@@ -256,8 +255,7 @@ class Sampler:
           sent += len(chunk.tokens)
           yield chunk
       whole = future.result()
-      rest = {name: getattr(whole, name)[sent:] for name in _COLUMNS}
-      yield Completion(**rest, stop_reason=whole.stop_reason)
+      yield whole.after(sent)
     finally:
       self.abort(future)
 
@@ -305,28 +303,6 @@ class Sampler:
     """What is going on now: see monitor.metrics, sampler/*."""
     with self._changed:
       return {"sampler/waiting": float(len(self._waiting)), **self._driver.gauges()}
-
-  def _check(self, request: Request, so_far: Completion | None = None) -> None:
-    spec, prompt = self._programs.spec, len(request.tokens)
-    longest = spec.cache_length - 1
-    if not 1 <= prompt <= longest:
-      raise UserError(
-        f"prompt of {prompt} tokens: the cache of sampler.max_prompt_length + "
-        f"max_response_length allows 1 to {longest}"
-      )
-    if not 1 <= request.limit <= min(spec.max_response, spec.cache_length - prompt):
-      raise UserError(
-        f"response limit {request.limit} after a prompt of {prompt} tokens: must be 1 to "
-        f"{min(spec.max_response, spec.cache_length - prompt)} (sampler.max_response_length)"
-      )
-    if len(request.stop_ids) > STOP_IDS:
-      raise UserError(f"{len(request.stop_ids)} stop tokens: at most {STOP_IDS}")
-    done = [] if so_far is None else so_far.tokens.tolist()
-    if len(done) >= request.limit or (done and done[-1] in request.stop_ids):
-      raise UserError(
-        f"so_far has {len(done)} tokens of {request.limit}, ending in {done[-1]}: nothing is left "
-        "to sample; use it as the result"
-      )
 
   # --- the sampler thread ------------------------------------------------------------------------
 
@@ -392,7 +368,7 @@ class Sampler:
         self._idle = True
         self._changed.notify_all()
         with self._driver.waiting():
-          self._changed.wait(None if due == _NEVER else max(0.0, due - time.monotonic()))
+          self._changed.wait(None if due == NEVER else max(0.0, due - time.monotonic()))
         self._idle = False
 
   @property
@@ -401,13 +377,13 @@ class Sampler:
 
   def _due(self) -> float:
     """When the next request is to be dropped."""
-    return min(map(_end_of, self._accepted.values()), default=_NEVER)
+    return min((o.ends for o in self._accepted.values()), default=NEVER)
 
   def _drop(self) -> None:
     """Ends requests that were given up or whose deadline has passed, with what they have."""
     now = time.monotonic()
     with self._changed:
-      gone = dict.fromkeys(o for o in self._accepted.values() if _end_of(o) <= now)
+      gone = dict.fromkeys(o for o in self._accepted.values() if o.ends <= now)
       if not gone:
         return
       self._waiting = [o for o in self._waiting if o not in gone]
@@ -439,7 +415,7 @@ class Sampler:
     with self._changed:
       if self._next_params is not None:  # draining: nobody new before the swap
         return
-      self._waiting.sort(key=_order)
+      self._waiting.sort(key=lambda o: o.order)
       admitted = 0
       while admitted < len(self._waiting) and self._driver.slots.assign(
         self._waiting[admitted], self.version
@@ -460,19 +436,5 @@ class Sampler:
       open_.home.enter()
 
 
-def _end_of(open_: Open) -> float:
-  """When a request is to be dropped: its deadline, or at once."""
-  if open_.given_up:
-    return -_NEVER
-  return _NEVER if open_.request.deadline is None else open_.request.deadline
-
-
-def _order(open_: Open) -> tuple:
-  """Priority, then those that were under way, then the order asked for."""
-  return (open_.request.priority, not open_.parts, open_.request.order)
-
-
-_NEVER = float("inf")
 # Seconds. Runs that get a result often ask again at once: their next turns are prefilled together.
 _LINGER = 0.005
-_COLUMNS = ("tokens", "logprobs", "versions", "mixed")

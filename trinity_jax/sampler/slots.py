@@ -20,6 +20,7 @@ from trinity_jax.sampler.prefix import BLOCK, PrefixIndex
 from trinity_jax.sampler.request import Completion, Request
 
 WORTH_COPYING = 64  # tokens; computing fewer again costs less than a copy and waiting for it
+NEVER = float("inf")
 MIXED = -1  # context of a cache that several versions have written
 
 
@@ -50,6 +51,18 @@ class Open:
   def left(self) -> int:
     """Most tokens that may still be sampled."""
     return self.request.limit - self.sampled
+
+  @property
+  def order(self) -> tuple:
+    """Priority, then those that were under way, then the order asked for."""
+    return self.request.priority, not self.parts, self.request.order
+
+  @property
+  def ends(self) -> float:
+    """time.monotonic() when it is to be dropped: its deadline, or at once."""
+    if self.given_up:
+      return -NEVER
+    return NEVER if self.request.deadline is None else self.request.deadline
 
   def tokens(self) -> np.ndarray:
     """Prompt and what was sampled so far."""
