@@ -126,9 +126,9 @@ def test_memory_is_that_of_the_shards():
   )
   layout = sharding.param_shardings(model, train)
   apart = memory_per_device(stage, model, train, layout, programs, pack_spec(stage), False)
-  there = 2 * apart["sampler"] + apart["cache"]
+  there = apart["sampler"] + apart["cache"] + max(apart["sampler"], apart["sampling"])
   here = sum(apart[k] for k in ("parameters", "optimizer", "published", "training"))
-  assert apart["peak"] == max(here, there) and apart["sampling"] < apart["sampler"]
+  assert apart["peak"] == max(here, there)
   assert numbers / 2 <= apart["sampler"] / 4 < numbers / 2 + 2000
 
   remat = {k: measure({"model": dataclasses.replace(stage.model, remat=k)}, data=8)["training"]

@@ -150,7 +150,7 @@ def render(stage: Plan) -> str:
   memory = memory_per_device(
     config, model, stage.mesh, stage.layout, programs, spec, stage.algorithm.needs_reference
   )
-  longest = programs.spec.cache_length
+  longest = config.sampler.max_prompt_length + config.sampler.max_response_length
   beyond = longest > model.max_position_embeddings
   lines = {
     "stage": config.name,
@@ -162,7 +162,7 @@ def render(stage: Plan) -> str:
     "held out": ", ".join(f"{c.name} ({len(t)})" for c, t in stage.held_out) or "nothing",
     "steps": f"{steps} of {spec.sequences} experiences, saved every {config.trainer.save_interval}",
     "rows": f"{spec.rows} x {spec.row_lengths} a micro-batch, at most {spec.micros} micro-batches",
-    "sampler": f"{config.sampler.slots} slots x {longest} tokens, prompts "
+    "sampler": f"{config.sampler.slots} slots x {programs.spec.cache_length} tokens, prompts "
     f"{programs.prompt_lengths}, {programs.prompt_counts} a prefill and part of the mesh",
     "programs": f"{programs.count} of the sampler, decoding over {programs.live_lengths} entries; "
     f"{len(spec.row_lengths)} train",
