@@ -1,13 +1,16 @@
 """Programs compiled for a TPU slice that is not there, with libtpu on any machine (make aot-check).
 
-A v5e slice of 2 x 2: the train step and the decode loop of a small model, sharded over fsdp and
-tensor, must compile, and the compiler's own count of memory says that they are split.
+A v5e slice of 2 x 2: the train step of a small model, sharded over fsdp and tensor, and the
+sampler's programs over data and tensor must compile; the compiler's own count of memory says that
+they are split, and its text that the cache stays where it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 
 import pytest
 
@@ -96,19 +99,82 @@ def test_train_step(parts):
   assert "all-reduce" in compiled.as_text() or "reduce-scatter" in compiled.as_text()
 
 
-def test_decode_and_prefill(parts):
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def collectives(text: str) -> list[tuple[str, int]]:
+  """(operation, elements of its largest result) of every collective in an optimised HLO text."""
+  out = []
+  for line in text.splitlines():
+    name = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+    if name:
+      shapes = re.findall(r"\w+\[([\d,]*)\]", name[1])
+      out.append((name[2], max(math.prod(map(int, filter(None, x.split(",")))) for x in shapes)))
+  return out
+
+
+def test_collectives_are_found():
+  text = """
+  %a.1 = bf16[8,128]{1,0:T(8,128)} all-gather(bf16[4,128]{1,0} %x), channel_id=1
+  ROOT %b = (f32[2,3]{1,0}, f32[2,30]{1,0}) all-reduce-start(f32[2,3] %y, f32[2,30] %z)
+  %c = f32[7]{0} add(f32[7]{0} %all-reduce.5, f32[7]{0} %p)
+  """
+  assert collectives(text) == [("all-gather", 1024), ("all-reduce", 60)]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "int8"])
+def sampler(parts, devices, request):
+  """Programs of a sampler with slots over data and heads over tensor, compiled."""
   import jax
   import jax.numpy as jnp
 
   from trinity_jax.build import make_programs
+  from trinity_jax.models import sharding
 
-  config, model, mesh, layout, shapes = parts
+  config, model, _, _, shapes = parts
+  limits = dataclasses.replace(
+    config.sampler, slots=16, cache_dtype=request.param, max_prompt_length=768,
+    max_response_length=256, prompt_buckets=(128,), prefill_chunk=128, cache_buckets=(256, 1024),
+  )  # fmt: skip
+  config = dataclasses.replace(config, sampler=limits)
+  mesh = sharding.make_mesh(2, 1, 2, devices)
+  layout = sharding.param_shardings(model, mesh)
   programs = make_programs(config, model, mesh, layout, None)  # type: ignore[arg-type]
-  published = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
-  programs.warmup(published)
-  names = set(programs._compiled)
-  assert names == {"init", "release", ("admit", 4, 128), ("generate", 256)}
-  memory = programs._compiled["generate", 256].memory_analysis()
-  cache = 2 * 2 * model.num_layers * 8 * model.num_kv_heads * 256 * model.head_dim // 4
-  assert memory.alias_size_in_bytes >= cache  # the cache is updated in place
-  assert memory.temp_size_in_bytes < memory.argument_size_in_bytes + 2**24
+  programs.warmup(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes))
+  return programs
+
+
+def test_sampler_programs(sampler):
+  import jax
+
+  from trinity_jax.sampler import engine
+
+  spec = sampler.spec
+  assert sampler.prompt_lengths == (128,) and sampler.prompt_counts == (4,)
+  assert set(sampler._compiled) == {
+    "init", "prepare", "release", ("extend", 8, 128), ("start", 8),
+    ("generate", 256), ("copy", 256), ("generate", 1024), ("copy", 1024),
+  }  # fmt: skip
+  assert sampler.count == len(sampler._compiled)
+  state = jax.eval_shape(lambda: engine.init_state(spec))
+  arrays = [
+    (x, s.shard_shape(x.shape)) for x, s in zip(
+      jax.tree.leaves(state.cache), jax.tree.leaves(sampler.state_shardings.cache), strict=True
+    )
+  ]  # fmt: skip
+  cache = sum(math.prod(shape) * x.dtype.itemsize for x, shape in arrays)
+  whole = sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in arrays)
+  assert cache * 4 == whole  # split over all four chips
+  numbers = min(math.prod(s) for _, s in arrays if len(s) == 4)  # of one layer's shortest segment
+  for name, program in sampler._compiled.items():
+    if name in ("init", "prepare"):
+      continue
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache, f"{name}: the cache is not updated in place"
+    assert memory.temp_size_in_bytes < 0.75 * cache, f"{name}: the cache is copied"
+    # Nothing of the cache travels, in whole or in part: hidden states and logits do.
+    moved = collectives(program.as_text())
+    large = [x for x in moved if x[1] >= numbers]
+    assert not large, f"{name}: {large}"
+    if name[0] in ("extend", "generate"):
+      assert any(kind == "all-reduce" for kind, _ in moved), "heads are split, sums are not shared?"
