@@ -23,6 +23,10 @@ MODELS = flags.DEFINE_string("models", None, "Folder with model_s and model_m to
 PEERS = flags.DEFINE_string("peers", None, "Folder with the peers' scripts (trl_grpo.py, ...).")
 ENVS = flags.DEFINE_string("peer_envs", None, "Folder with their environments trl/ and tunix/.")
 
+CPU_DEVICES = flags.DEFINE_integer(
+  "cpu_devices", os.cpu_count(), "As how many devices ours runs on a CPU (mesh.cpu_devices)."
+)
+
 SIZES = {
   "s": dict(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, intermediate=768),
   "m": dict(hidden=512, layers=8, heads=8, kv_heads=4, head_dim=64, intermediate=1536),

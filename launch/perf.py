@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags
-from benchmark import Row
+from benchmark import CPU_DEVICES, Row
 from perf_decode import bench_decode
 from perf_sampler import bench_sampler
 from perf_step import bench_half, bench_step
@@ -49,6 +49,10 @@ def table(rows: Sequence[Row]) -> str:
 def main(argv: list[str]) -> None:
   if len(argv) != 2 or argv[1] not in COMMANDS:
     sys.exit(f"error: name one of: {', '.join(COMMANDS)}\n{__doc__}")
+  if CPU_DEVICES.value:
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
   rows = COMMANDS[argv[1]]()
   print(table(rows))
   if _JSON.value:

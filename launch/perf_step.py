@@ -73,7 +73,8 @@ class GrpoStep:
     c = self.config = step_config(folder)
     self.tokenizer = Tokenizer.load(folder)
     model = self.model = hf.load_config(folder)
-    mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
+    meshes = build.make_meshes(c)
+    mesh = meshes.train
     layout = sharding.param_shardings(model, mesh)
     params, _ = hf.load(folder, dtype=jnp.float32, shardings=layout)
     launch = LaunchOrder(mesh)

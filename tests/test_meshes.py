@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 
@@ -80,7 +85,10 @@ def _rows(c, workdir):
 
 @pytest.mark.parametrize(
   ("mesh", "keys"),
-  [((2, 1, 2), {"devices": 4, "replicas": 2, "tensor": 2}), ((4, 2, 1), {"replicas": 2, "tensor": 2})],
+  [
+    ((2, 1, 2), {"devices": 4, "replicas": 2, "tensor": 2}),
+    ((4, 2, 1), {"replicas": 2, "tensor": 2}),
+  ],
 )
 def test_a_run_is_the_same_whoever_samples(one_device, tmp_path, mesh, keys):
   rows = _rows(config(mesh, **keys), tmp_path)
@@ -92,3 +100,22 @@ def test_a_run_is_the_same_whoever_samples(one_device, tmp_path, mesh, keys):
     assert row["response_length/mean"] == pytest.approx(expected["response_length/mean"])
     assert row["staleness/max"] == 0
   assert rows[-1]["compile/after_warmup"] == 0
+
+
+def test_a_cpu_runs_as_several_devices():
+  code = (
+    "from trinity_jax import build; from trinity_jax.config import base_config, resolve\n"
+    "c = base_config(); c.model.tiny = {'hidden': 32}; c.taskset.path = 'none'\n"
+    "c.mesh.cpu_devices = 3; c = resolve(c)\n"
+    "print(build.make_meshes(c).train.shape['data'], build.make_meshes(c).train.size)"
+  )
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+  assert done.stdout.split() == ["3", "3"], done.stderr
+
+
+def test_a_cpu_that_runs_as_other_devices_already():
+  c = config((-1, 1, 1))
+  c = dataclasses.replace(c, mesh=dataclasses.replace(c.mesh, cpu_devices=3))
+  with pytest.raises(UserError, match="cpu_devices = 3: JAX runs as 8 CPU devices already"):
+    build.make_meshes(c)

@@ -92,6 +92,8 @@ def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
   Raises:
     UserError: devices that cannot be split so.
   """
+  if devices is None:
+    _use_cpu_devices(config.mesh.cpu_devices)
   devices = list(jax.devices() if devices is None else devices)
   s, m = config.sampler, config.mesh
   own = s.devices
@@ -110,6 +112,24 @@ def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
     )
   parts = [rollout[i : i + each] for i in range(0, len(rollout), each)]
   return Meshes(train, tuple(sharding.make_mesh(-1, 1, s.tensor or each, p) for p in parts))
+
+
+def _use_cpu_devices(count: int) -> None:
+  """Takes effect before the first use of a device, and on a CPU only.
+
+  Raises:
+    UserError: devices are in use already, and they are others.
+  """
+  if not count:
+    return
+  with contextlib.suppress(RuntimeError):  # in use: looked at below
+    jax.config.update("jax_num_cpu_devices", count)
+  found = jax.devices()
+  if found[0].platform == "cpu" and len(found) != count:
+    raise UserError(
+      f"config.mesh.cpu_devices = {count}: JAX runs as {len(found)} CPU devices already; set it "
+      "before JAX is used, and not together with --xla_force_host_platform_device_count"
+    )
 
 
 def make_engine(

@@ -52,6 +52,12 @@ class MeshConfig:
   data: int = key(-1, "Devices over which rows are split; -1 means all that remain.", low=-1)
   fsdp: int = key(1, "Devices over which rows and parameters are split.", low=-1)
   tensor: int = key(1, "Devices over which heads, mlp and vocabulary are split.", low=-1)
+  cpu_devices: int = key(
+    0,
+    "As how many devices to run on a CPU, best as many as cores: XLA runs much of a decode step on "
+    "one thread a device. 0 leaves it to JAX (one).",
+    low=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
