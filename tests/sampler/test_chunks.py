@@ -188,3 +188,25 @@ def test_narrow_caches_do_not_depend_on_the_split(tools, params, name):
       got = drive.logits(slot, start, new)
     want = got if want is None else want
     np.testing.assert_allclose(got, want, atol=0.05, rtol=0, err_msg=str(split))
+
+
+def test_an_engine_in_bfloat16(tools, params):
+  """Weights, activations and cache in bf16; log-probs in fp32 and close to those of fp32."""
+  params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+  spec = tools.spec._replace(dtype=jnp.bfloat16)
+  engine = tools.engine(tools.jitted(spec, (8,), (8,)), params)
+  drive = tools.drive(engine)
+  assert {x.dtype for x in jax.tree.leaves(drive.state.cache)} == {jnp.dtype("bfloat16")}
+  asks = {s: tools.ask(LOG[: 2 + s % 4], key=s) for s in range(8)}
+  drive.admit(asks)
+  drive.decode()
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  worst = 0.0
+  for slot, a in asks.items():
+    got, n = drive.answer(slot), len(a.prompt)
+    assert got.logprobs.dtype == np.float32
+    log = [*a.prompt, *got.tokens]
+    logits = tools.full_forward(tools.model, exact, [log], spec.cache_length)[0, n - 1 : n + 11]
+    want = np.asarray(jax.nn.log_softmax(logits))[np.arange(12), got.tokens]
+    worst = max(worst, np.abs(got.logprobs - want).max())
+  assert 1e-4 < worst <= 0.15

@@ -26,7 +26,7 @@ SLOTS, LIMIT = 64, 32
 def family(tools, request):
   """An engine of 64 slots."""
   model = FAMILIES[request.param]
-  spec = EngineSpec(model, SLOTS, live_lengths=(16, 32, 48), max_response=LIMIT)
+  spec = EngineSpec(model, SLOTS, live_lengths=(24, 48), max_response=LIMIT)
   return tools.engine(tools.jitted(spec, (SLOTS,), (8,)), tools.draw(model))
 
 
