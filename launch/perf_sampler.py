@@ -165,7 +165,7 @@ def long_tail(size: str, folder: Path) -> list[Row]:
   bench = Bench(
     folder, slots=TAIL_SLOTS, max_prompt_length=MAX_PROMPT, max_response_length=TAIL_CAP,
     prompt_buckets=(MAX_PROMPT,), prefill_batches=(4, 16, TAIL_SLOTS), steps_per_dispatch=32,
-    refill_fraction=0.0625, cache_buckets=(96, 160, 224, MAX_PROMPT + TAIL_CAP),
+    refill_fraction=0.125, cache_buckets=(96, 160, 224, MAX_PROMPT + TAIL_CAP),
   )  # fmt: skip
   tokens, lengths = bench.prompts(TAIL), tail_lengths(TAIL)
   ask = lambda i, n: [

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -484,3 +485,21 @@ def test_a_stream_goes_on_in_the_next_sampler(fakes):
       fakes.check(join(chunks, chunks[-1].stop_reason), r)
 
     asyncio.run(asyncio.wait_for(main(), fakes.WAIT))
+
+
+def test_weights_that_are_not_finite_leave_nothing_behind(tiny):
+  requests = real_requests(6)
+  spoiled = jax.tree.map(lambda x: x * np.nan, tiny.params[0])
+  sampler = Sampler(tiny.programs, steps_per_dispatch=4, refill_fraction=0.5, deterministic=False)
+  sampler.start()
+  try:
+    runs = []
+    for version, params in enumerate((tiny.params[0], spoiled, tiny.params[0])):
+      sampler.set_params(version, params)
+      runs.append([f.result(60) for f in [sampler.submit(r) for r in requests]])
+  finally:
+    sampler.close()
+  assert all(np.isnan(c.logprobs).all() for c in runs[1])
+  for first, again in zip(runs[0], runs[2]):
+    assert np.isfinite(again.logprobs).all()
+    np.testing.assert_array_equal(first.tokens, again.tokens)

@@ -49,6 +49,7 @@ class Driver:
     self.params: Any = None
     self.version = -1
     self._state: Any = None
+    self._tainted = False  # the cache may hold numbers that are not finite
     self._opened = time.perf_counter()
     self._counts: dict[str, float] = dict.fromkeys(_COUNTS, 0)
 
@@ -67,6 +68,22 @@ class Driver:
     self.params = self._programs.prepare(params)
     self.version = version
     self.slots.new_version()
+
+  def clean(self) -> bool:
+    """Returns whether requests may be admitted.
+
+    Where log-probs were not finite, neither may the cache be, and it would spoil every later
+    sequence (a masked weight of 0 times NaN is NaN): it is allocated anew once the slots are empty.
+    """
+    if not self._tainted:
+      return True
+    if self.occupied:
+      return False
+    self._state = None
+    self._state = self._programs.init_state()
+    self.slots.new_version()
+    self._tainted = False
+    return True
 
   # --- one round ---------------------------------------------------------------------------------
 
@@ -207,6 +224,7 @@ class Driver:
     for slot in ended:
       assert slot.open is not None
       parts = [*slot.open.parts, _stretch(columns, slot)]
+      self._tainted |= not np.isfinite(parts[-1].logprobs).all()
       self._counts["sampled_tokens"] += slot.generated
       out.append((slot.open, join(parts, StopReason(int(reason[slot.index])))))
       # The last token's keys and values were never computed.
@@ -229,6 +247,7 @@ class Driver:
       assert slot.open is not None
       if slot.stage is Stage.DECODE:
         slot.open.parts.append(_stretch(columns, slot))
+        self._tainted |= not np.isfinite(slot.open.parts[-1].logprobs).all()
         self._counts["sampled_tokens"] += slot.generated
       evicted.append(slot.open)
       self.slots.free(slot, None)

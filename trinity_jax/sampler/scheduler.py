@@ -413,8 +413,8 @@ class Sampler:
   def _admit(self) -> None:
     """Fills free slots in order; equal prompts share one prefill."""
     with self._changed:
-      if self._next_params is not None:  # draining: nobody new before the swap
-        return
+      if self._next_params is not None or not self._driver.clean():
+        return  # nobody new before the swap that drains, or before the cache is empty
       self._waiting.sort(key=lambda o: o.order)
       admitted = 0
       while admitted < len(self._waiting) and self._driver.slots.assign(
