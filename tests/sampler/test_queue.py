@@ -135,7 +135,7 @@ def test_what_was_sampled_is_kept(fakes, how):
 
 
 def test_abort_and_result_in_any_order_count_once(fakes):
-  programs = fakes.FakePrograms(slots=1)
+  programs = fakes.FakePrograms(slots=1, lives=(14,))
   with fakes.sampler_on(programs, deterministic=True, steps=20) as sampler:
     programs.gate.clear()
     r = fakes.request(1)

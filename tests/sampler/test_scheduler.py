@@ -147,3 +147,13 @@ def test_versions_never_go_back(fakes):
     fakes.ask(sampler, fakes.request(0)).result(fakes.WAIT)
     with pytest.raises(ValueError, match="version 3 offered"):
       sampler.set_params(3, "params 3")
+
+
+def test_a_dispatch_stops_where_a_shorter_live_length_is_full(fakes):
+  programs = fakes.FakePrograms(slots=1, max_prompt=6, max_response=8, lives=(8, 14))
+  with fakes.sampler_on(programs, steps=8) as sampler:
+    r = fakes.request(2, (1, 2, 3))
+    fakes.check(fakes.ask(sampler, r).result(fakes.WAIT), r)
+    sampler.leave()
+  dispatches = [(entry[1], entry[2]) for entry in programs.plan if entry[0] == "generate"]
+  assert dispatches == [(5, 8), (2, 14)]  # (steps, live): entries 3 to 7, then the rest

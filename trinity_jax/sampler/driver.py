@@ -179,8 +179,13 @@ class Driver:
     S = self._programs.spec.slots
     most = self._steps // 4 if more and len(used) < S else self._steps
     steps = max(1, min(most, max(left)))
-    live = max(s.length + 1 + min(steps, n) for s, n in zip(used, left))
-    live = bucket_for(min(live, self._programs.spec.cache_length), self._programs.live_lengths)
+    live = self._live(max(s.length + min(steps, n) for s, n in zip(used, left)))
+    # Stopping where the longest sequence fills a shorter live length costs a dispatch and saves
+    # reading what no step until then needs.
+    longest = max(s.length for s in used)
+    near = self._live(longest + 1)
+    if near < live and 4 * (near - longest) >= steps:
+      steps, live = near - longest, near
     # An ended run may ask again, in which case waiting for all others would keep its slot idle.
     enough = S - len(used) + self._refill
     with self._timed("decode"):
@@ -196,6 +201,10 @@ class Driver:
       self._counts["roofline_seconds"] += done * roofline.step_seconds(
         roofline.work(self._programs.spec), self._rates, self._programs.mesh.size, entries
       )
+
+  def _live(self, entries: int) -> int:
+    """The smallest live length that holds as many entries."""
+    return bucket_for(entries, self._programs.spec.live_lengths)
 
   # --- what came out -----------------------------------------------------------------------------
 

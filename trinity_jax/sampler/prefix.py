@@ -7,11 +7,13 @@ memory is bounded by the cache itself: one entry per block of each slot.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 BLOCK = 16  # tokens; shorter prefixes are not worth finding
+_MOST = 8  # slots compared token by token in one lookup
 
 
 class PrefixIndex:
@@ -50,13 +52,18 @@ class PrefixIndex:
     self._held.clear()
 
   def find(self, salt: tuple[int, ...], tokens: np.ndarray) -> list[tuple[int, int]]:
-    """(slot, tokens in common) of the slots that share the most whole blocks, longest first."""
+    """(slot, tokens in common) of slots that share the most whole blocks, longest first.
+
+    Of many such slots the latest few: a system prompt may be in all of them, and what they have in
+    common beyond it is less than a block.
+    """
     best: dict[int, None] = {}
     for link in _chain(salt, tokens):
       if link not in self._slots:
         break
       best = self._slots[link]
-    found = [(slot, _common(self._held[slot][0], tokens)) for slot in best]
+    latest = itertools.islice(reversed(best), _MOST)
+    found = [(slot, _common(self._held[slot][0], tokens)) for slot in latest]
     return sorted(found, key=lambda f: (-f[1], f[0]))
 
 
