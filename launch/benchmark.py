@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ MODELS = flags.DEFINE_string("models", None, "Folder with model_s and model_m to
 PEERS = flags.DEFINE_string("peers", None, "Folder with the peers' scripts (trl_grpo.py, ...).")
 ENVS = flags.DEFINE_string("peer_envs", None, "Folder with their environments trl/ and tunix/.")
 
+AGAINST = flags.DEFINE_list("against", [], "Names of the peers to run; empty: all.")
 CPU_DEVICES = flags.DEFINE_integer(
   "cpu_devices", os.cpu_count(), "As how many devices ours runs on a CPU (mesh.cpu_devices)."
 )
@@ -82,6 +83,11 @@ def model_folders() -> Iterator[Callable[[str], Path]]:
       return path
 
     yield folder
+
+
+def peers(known: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  """Those of the known peers that --against names."""
+  return [(k, v) for k, v in known.items() if not AGAINST.value or k in AGAINST.value]
 
 
 def run_peer(environment: str, command: Sequence[str]) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ def bench_decode() -> list[Row]:
 
     seconds.append(timed(run, 1)[0] / STEPS)
   step, least = statistics.median(seconds[1:]), min(seconds[1:])
-  work, rates = roofline.work(spec), roofline.measure(spec, S, jax.devices()[0])
+  work, rates = roofline.work(spec), roofline.measure(spec, S, jax.devices()[:1])
   read = work.weight_bytes + S * (C - STEPS / 2) * work.entry_bytes
   name = f"{_PRESET.value}/{S}x{C}"
   best = roofline.step_seconds(work, rates, 1, S * (C - STEPS / 2))

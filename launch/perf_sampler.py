@@ -9,7 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark import PEERS, REPEATS, SIZES_FLAG, Row, matmul_rate, model_folders, run_peer, timed
+from absl import flags
+from benchmark import (
+  PEERS,
+  REPEATS,
+  SIZES_FLAG,
+  Row,
+  matmul_rate,
+  model_folders,
+  peers,
+  run_peer,
+  timed,
+)
+
+PARTS = flags.DEFINE_list("parts", [], "Parts of `sampler`: equal, tail, group, turns; empty: all.")
+DECODE_PEERS = {"hf": "trl", "tunix": "tunix"}  # name -> environment
 
 MAX_PROMPT = 32
 EQUAL, EQUAL_NEW = 128, 64  # requests, tokens of each
@@ -97,10 +111,8 @@ def bench_sampler() -> list[Row]:
   rows: list[Row] = [Row("matmul", matmul_rate(REPEATS.value), "GFLOP/s"), copy_rate()]
   with model_folders() as folder:
     for size in SIZES_FLAG.value:
-      rows += equal_lengths(size, folder(size))
-      rows += long_tail(size, folder(size))
-      rows += group_prefill(size, folder(size))
-      rows += multi_turn(size, folder(size))
+      for part in PARTS.value or COMMANDS:
+        rows += COMMANDS[part](size, folder(size))
   return rows
 
 
@@ -152,7 +164,7 @@ def equal_lengths(size: str, folder: Path) -> list[Row]:
   bench.sampler.close()
   if PEERS.value:
     call = ["--size", size, "--n", EQUAL, "--batch", EQUAL, "--uniform", EQUAL_NEW]
-    for name, env in (("hf", "trl"), ("tunix", "tunix")):
+    for name, env in peers(DECODE_PEERS):
       report = run_peer(env, [f"{name}_decode.py", *map(str, call), "--reps", str(REPEATS.value)])
       rows += against(rows[1], f"{size}/equal/{name}", report)
   return rows
@@ -169,7 +181,7 @@ def tail_lengths(n: int) -> Any:
 def long_tail(size: str, folder: Path) -> list[Row]:
   bench = Bench(
     folder, slots=TAIL_SLOTS, max_prompt_length=MAX_PROMPT, max_response_length=TAIL_CAP,
-    prompt_buckets=(MAX_PROMPT,), prefill_batches=(4, 16, TAIL_SLOTS), steps_per_dispatch=32,
+    prompt_buckets=(MAX_PROMPT,), prefill_batches=(5, 6, 8, TAIL_SLOTS), steps_per_dispatch=32,
     refill_fraction=0.125, cache_buckets=(96, 160, 224, MAX_PROMPT + TAIL_CAP),
   )  # fmt: skip
   tokens, lengths = bench.prompts(TAIL), tail_lengths(TAIL)
@@ -184,7 +196,7 @@ def long_tail(size: str, folder: Path) -> list[Row]:
   rows.append(Row(f"{size}/tail/ours/occupancy_while_queued", full, "fraction"))
   if PEERS.value:
     n, batches = TAIL_PEERS[size]
-    for name, env in (("hf", "trl"), ("tunix", "tunix")):
+    for name, env in peers(DECODE_PEERS):
       for batch in batches[name]:
         call = ["--size", size, "--n", n, "--batch", batch, "--reps", 1]
         report = run_peer(env, [f"{name}_decode.py", *map(str, call)])
@@ -268,3 +280,11 @@ def dialogues(bench: Bench, prompts: Sequence[Sequence[int]], number: int) -> fl
   most = sum(map(len, prompts)) + (TURNS - 1) * len(prompts) * (OBSERVATION + 1)
   assert computed <= most, (computed, most)
   return wall
+
+
+COMMANDS = {
+  "equal": equal_lengths,
+  "tail": long_tail,
+  "group": group_prefill,
+  "turns": multi_turn,
+}

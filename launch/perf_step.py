@@ -15,6 +15,7 @@ from benchmark import (
   Row,
   matmul_rate,
   model_folders,
+  peers,
   run_peer,
   timed,
 )
@@ -204,7 +205,7 @@ def peer_steps(size: str, ours: Sequence[Row]) -> list[Row]:
   """Runs each peer's script in its own environment, one after the other."""
   found = {r.name: r for r in ours}
   rows = []
-  for name, (env, command) in STEP_PEERS.items():
+  for name, (env, command) in peers(STEP_PEERS):
     report = run_peer(env, [*command, "--size", size, "--steps", str(REPEATS.value + 2)])
     if report is None:
       continue

@@ -186,7 +186,7 @@ def make_engine(
         deterministic=config.explorer.deterministic,
         on_swap=s.on_swap,
         span=span,
-        rates=roofline.measure(programs.spec, s.slots // programs.shards, mesh.devices.flat[0]),
+        rates=roofline.measure(programs.spec, s.slots // programs.shards, mesh.local_devices),
       )
     )
   return samplers[0] if len(samplers) == 1 else SamplerPool(samplers)

@@ -7,7 +7,7 @@ every live cache entry once: max(FLOP / matmul rate, bytes / copy rate) (William
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,16 +59,17 @@ def step_seconds(work: Work, rates: Rates, devices: int, entries: float) -> floa
   return max(compute, memory) / devices
 
 
-def measure(spec: EngineSpec, slots: int, device: Any, repeats: int = 3) -> Rates:
-  """Measures one device; well under a second for small models.
+def measure(spec: EngineSpec, slots: int, devices: Sequence[Any], repeats: int = 3) -> Rates:
+  """Measures devices that work at the same time, as CPU devices share cores and memory; the rates
+  are those of one. Well under a second for small models.
 
   Args:
     slots: rows that one device decodes at once.
   """
   m = spec.model
-  up = jnp.full((m.hidden_size, m.intermediate_size), 1e-3, spec.dtype, device=device)
-  down = jnp.full((m.intermediate_size, m.hidden_size), 1e-3, spec.dtype, device=device)
-  x = jnp.ones((slots, m.hidden_size), spec.dtype, device=device)
+  full = lambda *shape: [jnp.full(shape, 1e-3, spec.dtype, device=d) for d in devices]
+  up, down = full(m.hidden_size, m.intermediate_size), full(m.intermediate_size, m.hidden_size)
+  x = full(slots, m.hidden_size)
   pair = 4.0 * slots * m.hidden_size * m.intermediate_size
   rounds = max(4, min(256, int(4e9 / pair)))
 
@@ -80,10 +81,10 @@ def measure(spec: EngineSpec, slots: int, device: Any, repeats: int = 3) -> Rate
   def copy(y):
     return lax.fori_loop(0, 8, lambda _, y: y + 1, y)
 
-  y = jnp.zeros(_COPIED // 4, jnp.float32, device=device)
+  y = [jnp.zeros(_COPIED // 4, jnp.float32, device=d) for d in devices]
   return Rates(
-    matmul=rounds * pair / _best(lambda: multiply(x, up, down), repeats),
-    copy=8 * _COPIED / _best(lambda: copy(y), repeats),
+    matmul=rounds * pair / _best(lambda: [multiply(*a) for a in zip(x, up, down)], repeats),
+    copy=8 * _COPIED / _best(lambda: [copy(a) for a in y], repeats),
   )
 
 
