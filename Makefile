@@ -47,6 +47,7 @@ check: $(VENV)/.dev
 # Speed beside the machine's own ceilings, and beside peers where their environments are named.
 perf: $(VENV)/.dev
 	$(PY) launch/perf.py step --json=runs/perf_step.json
+	$(PY) launch/perf.py sampler --json=runs/perf_sampler.json
 
 # Programs compiled ahead of time for TPU targets on any machine.
 aot-check: $(VENV)/.dev
