@@ -10,8 +10,9 @@ import pytest
 from trinity_jax.errors import UserError
 from trinity_jax.experience import ExperienceId, StopReason
 from trinity_jax.explorer.rewards import Score
-from trinity_jax.explorer.workflow import PromptTooLong, find_workflow
+from trinity_jax.explorer.workflow import Model, PromptTooLong, SamplingParams, find_workflow
 from trinity_jax.explorer.workflows.single_turn import single_turn
+from trinity_jax.sampler.request import join
 
 
 def play(world, talk, **kwargs):
@@ -137,3 +138,25 @@ def test_log_probs_survive_as_float32(world):
   _, model = play(world, lambda m: m.generate([8, 9, 10]))
   e = model.experience(Score(0.0, {}), {})
   assert e.logprobs.dtype == np.float32 and e.tokens.dtype == e.versions.dtype == np.int32
+
+
+def test_a_request_says_how_urgent_it_is_and_what_its_cache_may_be_shared_with(world):
+  asked = []
+
+  class Member:
+    async def generate(self, request):
+      asked.append(request)
+      return join([], StopReason.STOP)
+
+    def enter(self): ...
+
+    def leave(self): ...
+
+  params = SamplingParams(1.0, world.max_response)
+  model = Model(
+    Member(), world.tokenizer, ExperienceId(7, 0, 0, 0), 0, params, world.max_prompt, stream=2,
+    priority=-1,
+  )  # fmt: skip
+  asyncio.run(model.generate([1, 2, 3]))
+  assert asked[0].priority == -1
+  assert asked[0].salt == (2, 7)  # the stream and its step: a resume finds the same there
