@@ -44,7 +44,7 @@ def get_config():
       "algorithm": dict(name="grpo", kl_coef=0.0),
       "taskset.generate_args": dict(split="rl"),
       "explorer": dict(batch_size=128, group_size=8),
-      "trainer": dict(total_steps=50, rows_per_micro=128, save_interval=10),
+      "trainer": dict(total_steps=25, rows_per_micro=128, save_interval=10),
       "optimizer": dict(
         learning_rate=4e-4, schedule="linear", warmup_steps=5, min_ratio=0.1, beta2=0.98
       ),
