@@ -61,11 +61,7 @@ class Bench:
     meshes = build.make_meshes(c)
     layout = sharding.param_shardings(self.model, meshes.train)
     params, _ = hf.load(folder, dtype=jnp.float32, shardings=layout)
-    from contextlib import nullcontext
-
-    launch = LaunchOrder(meshes.train)
-    make = lambda: build.make_engine(c, self.model, meshes, launch, lambda _: nullcontext(), folder)
-    self.sampler: Any = make()
+    self.sampler: Any = build.make_engine(c, self.model, meshes, LaunchOrder(meshes.train))
     self.sampler.start()
     self.sampler.set_params(0, params)
     self.compile_seconds = time.perf_counter() - start

@@ -62,6 +62,7 @@ def test_devices_are_split(mesh, keys, train, rollout):
     ({"devices": 8}, "config.sampler.devices = 8: there are 8 devices, and training needs some"),
     ({"devices": 4, "replicas": 3}, "config.sampler.replicas = 3: must divide the samplers' 4"),
     ({"devices": 4, "tensor": 3}, "does not fit 4 device"),
+    ({"tensor": 2}, "config.sampler.tensor = 2: the sampler shares the training mesh"),
   ],
 )
 def test_devices_that_cannot_be_split(keys, expected):

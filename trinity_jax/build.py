@@ -97,12 +97,17 @@ def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
   devices = list(jax.devices() if devices is None else devices)
   s, m = config.sampler, config.mesh
   own = s.devices
-  if own >= len(devices) + (s.engine == "openai"):
+  if own >= len(devices):
     raise UserError(
       f"config.sampler.devices = {own}: there are {len(devices)} devices, and training needs some"
     )
   train = sharding.make_mesh(m.data, m.fsdp, m.tensor, devices[: len(devices) - own])
   if not own and s.replicas == 1:
+    if s.tensor not in (0, m.tensor):
+      raise UserError(
+        f"config.sampler.tensor = {s.tensor}: the sampler shares the training mesh, whose "
+        f"mesh.tensor is {m.tensor}; set sampler.devices or sampler.replicas, or leave it at 0"
+      )
     return Meshes(train, (train,))
   rollout = devices[-own:] if own else list(train.devices.flat)
   each, rest = divmod(len(rollout), s.replicas)
