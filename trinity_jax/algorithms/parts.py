@@ -12,10 +12,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from trinity_jax import plugins
 from trinity_jax.errors import UserError, suggestion
 
-# Arrays that the trainer has in any case, X = token arrays, N = per sequence, whole step.
+# Arrays that the framework can provide. X = the shape of token arrays, [N] = one entry a sequence.
 INPUTS = {
   "rewards": "[N] reward of each sequence",
   "group_ids": "[N] index of its group (task) in [0, num_groups)",
@@ -25,12 +27,42 @@ INPUTS = {
   "logprob": "X, under the policy being trained (differentiated)",
   "old_logprob": "X, under the distribution that was sampled from",
   "ref_logprob": "X, under the reference model",
+  "teacher_logprob": "X, under the teacher model",
+  "prox_logprob": "X, under the policy as it is when the optimizer step begins (no gradient)",
+  "prox_entropy": "X, entropy of that distribution, nats",
+  "expected_score": "X, sum over the vocabulary of p^2 (H + log p) of that distribution",
+  "values": "X, the critic's value before the token is written",
   "entropy": "X, of the policy's distribution (differentiated)",
   "advantages": "X, from the advantage function",
+  "token_rewards": "X, reward of each token; over a sequence they add up to its reward",
+  "versions": "X, policy version that sampled the token, -1 where none did",
+  "is_expert": "X, True where an expert or a human wrote the token",
   "sequence_index": "X, index of the token's sequence in [0, num_sequences)",
   "num_sequences": "static int N",
+  "run_ids": "[N] which run of its group (step-wise runs have several sequences)",
+  "step_ids": "[N] which of the run's sequences, in order",
+  "state_ids": "[N] equal where two sequences started from the same environment state, -1 unknown",
+  "step_rewards": "[N] reward of that turn alone",
+  "baselines": "[N] reward of the task's greedy run",
+  "pair_ids": "[N] number of the preference pair, -1 where there is none",
   "step": "number of the optimizer step (traced scalar)",
+  "key": "PRNG key of the optimizer step",
 }
+
+
+def whole_step(**companions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+  """Gives a policy loss arrays that need statistics of the whole optimizer step.
+
+  A loss sees one micro-batch at a time. `@whole_step(kept=f)` has `f` called before the split, on
+  the arrays of the whole step (any of INPUTS but logprob and entropy), without gradient; its result
+  (shape X) reaches the loss as the parameter `kept`. Options of equal name go to both.
+  """
+
+  def mark(function):
+    function.whole_step = companions
+    return function
+
+  return mark
 
 
 class Part(NamedTuple):
@@ -42,15 +74,30 @@ class Part(NamedTuple):
   required: tuple[str, ...]
   optional: tuple[str, ...]
   options: Mapping[str, Any]
+  companions: Mapping[str, Part] = {}
 
   @property
   def inputs(self) -> frozenset[str]:
-    """Names of all arrays the function can read."""
-    return frozenset(self.required + self.optional)
+    """Names of all arrays that the function and its companions can read."""
+    own = frozenset(self.required + self.optional) - self.companions.keys()
+    return own.union(*(c.inputs for c in self.companions.values()))
+
+  @property
+  def needs(self) -> frozenset[str]:
+    """Those of `inputs` that must be there."""
+    own = frozenset(self.required) - self.companions.keys()
+    return own.union(*(c.needs for c in self.companions.values()))
+
+  def before_split(self, **available: Any) -> dict[str, Any]:
+    """The companions' arrays, from those of the whole step."""
+    return {
+      name: jax.lax.stop_gradient(part(**available)) for name, part in self.companions.items()
+    }
 
   def __call__(self, **available: Any) -> Any:
     """Calls the function with those of `available` that it names (None counts as absent)."""
-    there = {k: v for k, v in available.items() if v is not None and k in self.inputs}
+    names = self.required + self.optional
+    there = {k: v for k, v in available.items() if v is not None and k in names}
     missing = [k for k in self.required if k not in there]
     if missing:
       raise UserError(
@@ -81,9 +128,19 @@ def resolve(
       f"{kind} {name!r} does not exist{suggestion(name, registry)} (or name your own function as "
       "'module:function')"
     )
-  required, optional, defaults = _signature(kind, name, function)
+  functions = {"": function, **getattr(function, "whole_step", {})}
+  signatures = {k: _signature(kind, name, f) for k, f in functions.items()}
+  defaults = {k: v for *_, own in signatures.values() for k, v in own.items()}
   bound = {k: _checked(kind, name, k, v, defaults) for k, v in (options or {}).items()}
-  return Part(kind, name, function, required, optional, bound)
+
+  def part(of: str) -> Part:
+    required, optional, own = signatures[of]
+    title = f"{name}.{of}" if of else name
+    return Part(
+      kind, title, functions[of], required, optional, {k: v for k, v in bound.items() if k in own}
+    )
+
+  return part("")._replace(companions={k: part(k) for k in functions if k})
 
 
 def _signature(kind, name, function):
