@@ -164,6 +164,14 @@ class AlgorithmConfig:
   )
   kl: str = key("", "KL estimator against the reference; empty means the table's.")
   kl_coef: float = key(-1.0, "Weight of the KL term; -1 means the table's.", low=-1.0)
+  kl_in: str = key(
+    "", "Where the KL penalty goes; empty means the table's.", choices=("", "loss", "reward")
+  )
+  kl_target: float = key(
+    0.0, "KL per token that kl_coef is adapted to; 0 keeps kl_coef fixed.", low=0.0
+  )
+  kl_horizon: int = key(10000, "Sequences over which an adaptive kl_coef moves.", low=1)
+  entropy: str = key("", "Tokens whose entropy the bonus counts; empty means the table's.")
   entropy_coef: float = key(-1.0, "Weight of the entropy bonus; -1 means the table's.", low=-1.0)
   aggregation: str = key(
     "",
@@ -176,6 +184,25 @@ class AlgorithmConfig:
       "seq-mean-token-sum-norm",
       "token-sum",
     ),
+  )
+  correction: str = key(
+    "", "Weights for data that another policy or another program sampled; empty means the table's."
+  )
+  correction_args: dict = key({}, "Keyword arguments of the correction (cap, low, high, ...).")
+  proximal: str = key(
+    "",
+    "What ratios are against: none is the policy that sampled, recompute the one at the start of "
+    "the step, loglinear a point between them. Empty means the table's; with a correction and a "
+    "loss that has a ratio, recompute.",
+    choices=("", "none", "recompute", "loglinear"),
+  )
+  blend_args: dict = key({}, "Keyword arguments of mixed training's share of experts (mu, ...).")
+  reference: str = key(
+    "", "Hugging Face folder of the reference model; empty means the stage's first weights."
+  )
+  teacher: str = key("", "Hugging Face folder of the teacher model (distillation).")
+  offload: bool = key(
+    False, "Keep reference and teacher in host memory and move them to the devices when used."
   )
   shuffle_rewards: bool = key(False, "Control experiment: permute rewards within each step.")
 
@@ -199,6 +226,20 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CriticConfig:
+  path: str = key("", "Hugging Face folder it starts from; empty means the policy's.")
+  learning_rate: float = key(1e-5, "Peak learning rate; the rest as for the policy.", above=0.0)
+  clip: float = key(0.2, "How far a value may move per step before its loss is clipped.", above=0.0)
+  warmup: int = key(0, "First steps in which only the critic learns.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+  taskset: dict = key({}, "Taskset (dict of `taskset` keys) of the demonstrations.")
+  batch_size: int = key(0, "Demonstrations per optimizer step beside the rollouts.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainerConfig:
   total_steps: int = key(100, "Optimizer steps of the run or stage.", low=1)
   batch_size: int = key(
@@ -206,6 +247,9 @@ class TrainerConfig:
   )
   row_lengths: tuple = key(
     (), "Row lengths steps are compiled for; empty means the longest possible.", each=int
+  )
+  minibatches: int = key(
+    1, "Updates per batch, each on an equal part of its groups; a step is a batch.", low=1
   )
   rows_per_micro: int = key(8, "Rows per micro-batch (over all devices).", low=1)
   save_interval: int = key(50, "Steps between checkpoints.", low=1)
@@ -225,6 +269,9 @@ class TrainerConfig:
 class SyncConfig:
   interval: int = key(1, "Trainer steps between weight publications.", low=1)
   offset: int = key(0, "Steps the explorer runs ahead of the trainer.", low=0)
+  allow_uncorrected: bool = key(
+    False, "Let an objective without ratio or correction learn from data of older versions."
+  )
   timeout: float = key(
     3600.0, "Seconds to wait for a version or a batch before the run fails.", above=0
   )
@@ -273,6 +320,8 @@ class Config:
   sampler: SamplerConfig = key(SamplerConfig(), "Token generation.")
   algorithm: AlgorithmConfig = key(AlgorithmConfig(), "Objective.")
   optimizer: OptimizerConfig = key(OptimizerConfig(), "Optimizer.")
+  critic: CriticConfig = key(CriticConfig(), "Value model, for algorithms that have one.")
+  experts: ExpertsConfig = key(ExpertsConfig(), "Demonstrations of mixed training.")
   trainer: TrainerConfig = key(TrainerConfig(), "Optimizer steps and checkpoints.")
   sync: SyncConfig = key(SyncConfig(), "Who waits for whom.")
   buffer: BufferConfig = key(BufferConfig(), "Replay buffer.")

@@ -26,18 +26,12 @@ from trinity_jax.algorithms import aggregation as _aggregation
 from trinity_jax.algorithms import stats
 from trinity_jax.algorithms.advantages import ADVANTAGES, to_tokens
 from trinity_jax.algorithms.aggregation import MODES, weights
-from trinity_jax.algorithms.algorithm import (
-  TABLE,
-  Algorithm,
-  Row,
-  make,
-  policy_terms,
-  render_table,
-)
+from trinity_jax.algorithms.algorithm import Algorithm, make, policy_terms, render_table
 from trinity_jax.algorithms.kl import KLS
 from trinity_jax.algorithms.numerics import rows
-from trinity_jax.algorithms.parts import INPUTS, resolve
+from trinity_jax.algorithms.parts import INPUTS, per_sequence, resolve, whole_step
 from trinity_jax.algorithms.policy_losses import POLICY_LOSSES
+from trinity_jax.algorithms.table import TABLE, Row
 from trinity_jax.errors import UserError
 
 __all__ = [
@@ -49,11 +43,13 @@ __all__ = [
   "advantage",
   "kl",
   "make",
+  "per_sequence",
   "policy_loss",
   "render_table",
   "stats",
   "to_tokens",
   "weights",
+  "whole_step",
 ]
 
 
@@ -79,6 +75,10 @@ def policy_loss(
   _aggregation.check_mode(aggregation)
 
   def loss(logprob, *, mask, sequence_index=None, num_sequences=None, advantages=None, **arrays):
+    # The whole step is here: what a trainer scores beforehand is what is being differentiated.
+    arrays.setdefault("prox_logprob", jax.lax.stop_gradient(logprob))
+    if arrays.get("entropy") is not None:
+      arrays.setdefault("prox_entropy", jax.lax.stop_gradient(arrays["entropy"]))
     mask = jnp.asarray(mask, bool)
     if sequence_index is None:
       sequence_index, num_sequences = rows(mask)
@@ -90,10 +90,10 @@ def policy_loss(
       mask, sequence_index, num_sequences, aggregation,
       mask.shape[-1] if max_length is None else max_length,
     )  # fmt: skip
-    per_token, out = policy_terms(
-      part, logprob=logprob, mask=mask, advantages=advantages, sequence_index=sequence_index,
-      num_sequences=num_sequences, **arrays,
-    )  # fmt: skip
+    arrays |= dict(mask=mask, advantages=advantages, sequence_index=sequence_index,
+                   num_sequences=num_sequences)  # fmt: skip
+    arrays |= part.before_split(**arrays)
+    per_token, out = policy_terms(part, logprob=logprob, **arrays)
     value = jnp.sum(weight * per_token)
     out["pg_loss"] = stats.total(value)
     return value, stats.finish(out)

@@ -65,6 +65,16 @@ def whole_step(**companions: Callable[..., Any]) -> Callable[[Callable[..., Any]
   return mark
 
 
+def per_sequence(*names: str) -> Callable[[Any], Any]:
+  """Says that the extras `names` which a function reads hold one number per sequence ([N])."""
+
+  def mark(function):
+    function.per_sequence = names
+    return function
+
+  return mark
+
+
 class Part(NamedTuple):
   """A function bound to its hyper-parameters; picks the arrays it reads from all there are."""
 
