@@ -40,16 +40,18 @@ __all__ = [
   "Segment",
   "attention",
   "decode_attention",
+  "expected_score",
   "extend_attention",
   "linear",
   "linear_logprob",
+  "linear_logprob_loss",
   "quantize",
 ]
 
 _ATTENTION = {"reference": _attention_reference.attention, "xla": _attention_xla.attention}
 
 
-def _pick(op: str, table: Mapping[str, Callable[..., Any]], name: str | None, default: str):
+def _pick(op: str, table: Mapping[str, Any], name: str | None, default: str):
   """Returns the named implementation, or the default when none is named; never a substitute."""
   name = default if name is None else name
   if name not in table:
@@ -164,15 +166,59 @@ def linear_logprob(
   """Log-prob of targets, entropy, logsumexp under softmax(softcap(hidden @ weight) / temperature).
 
   Each [T], float32 or wider. Rows where `mask` is False are not read, give 0 and get no gradient.
-  Differentiable in hidden and weight. Implementations: "xla" (the default everywhere: in chunks,
-  holds [T, V] only where that is small), "reference".
+  Differentiable in hidden and weight. Under a mesh in context (jax.set_mesh) rows are split over
+  data and fsdp, the vocabulary over tensor. [T, V] is held only where it is small. Implementations:
+  "pallas_tpu" (the default on TPU), "xla" (the default elsewhere), "reference".
 
   Raises:
-    UserError: the named implementation does not exist.
+    UserError: the named implementation does not exist, or cannot run.
     ValueError: shapes do not fit.
   """
-  name = _linear_logprob.DEFAULT if implementation is None else implementation
-  _pick("linear_logprob", _linear_logprob.IMPLEMENTATIONS, name, name)
+  _named("linear_logprob", implementation)
   return _linear_logprob.linear_logprob(
-    hidden, weight, targets, mask, temperature, softcap=softcap, implementation=name
+    hidden, weight, targets, mask, temperature, softcap=softcap, implementation=implementation
   )
+
+
+def linear_logprob_loss(
+  hidden: jax.Array,  # [T, D]
+  weight: jax.Array,  # [D, V]
+  targets: jax.Array,  # i32[T]
+  mask: jax.Array,  # bool[T]
+  temperature: jax.Array | float,  # scalar or [T]
+  token_loss: Callable[..., jax.Array],
+  arrays: Any,
+  *,
+  softcap: float | None = None,
+  implementation: str | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+  """The sum over masked-in rows of token_loss(logprob[C], entropy[C], arrays of [C, ...]) -> [C].
+
+  For a loss of each token by itself; `arrays` is a pytree of [T, ...] that comes to token_loss
+  some rows at a time. Differentiating it takes a quarter fewer products than going through
+  `linear_logprob`, since each token's gradient is known with its log-prob.
+
+  Returns:
+    (loss, (logprob, entropy, lse) as linear_logprob). Only the loss is differentiable, in hidden
+    and weight.
+  """
+  _named("linear_logprob_loss", implementation)
+  return _linear_logprob.linear_logprob_loss(
+    hidden, weight, targets, mask, temperature, token_loss, arrays, softcap=softcap,
+    implementation=implementation,
+  )  # fmt: skip
+
+
+def expected_score(
+  hidden: jax.Array,  # [T, D]
+  weight: jax.Array,  # [D, V]
+  mask: jax.Array,  # bool[T]
+  temperature: jax.Array | float = 1.0,  # scalar or [T]
+) -> jax.Array:
+  """sum_v p_v^2 (H + log p_v) [T] under p = softmax(hidden @ weight / temperature), no gradient."""
+  return _linear_logprob.expected_score(hidden, weight, mask, temperature)
+
+
+def _named(op: str, implementation: str | None) -> None:
+  if implementation is not None:
+    _pick(op, _linear_logprob.IMPLEMENTATIONS, implementation, implementation)

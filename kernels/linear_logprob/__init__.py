@@ -1,5 +1,5 @@
 """Log-prob, entropy and logsumexp of next tokens, fused with the output projection."""
 
-from .api import DEFAULT, IMPLEMENTATIONS, linear_logprob
+from .api import IMPLEMENTATIONS, expected_score, linear_logprob, linear_logprob_loss
 
-__all__ = ["DEFAULT", "IMPLEMENTATIONS", "linear_logprob"]
+__all__ = ["IMPLEMENTATIONS", "expected_score", "linear_logprob", "linear_logprob_loss"]

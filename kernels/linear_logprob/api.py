@@ -1,13 +1,80 @@
-"""Log-prob of given next tokens under softmax(hidden @ weight), without keeping [T, V]."""
+"""Log-prob of given next tokens under softmax(hidden @ weight), without keeping [T, V].
+
+Axes: T rows (tokens), D model width, V vocabulary.
+
+An implementation works on the arrays of one device (`Implementation`). Here they get a derivative,
+are split over the mesh in context (see layout.py) and merged, and are chosen per platform. A [T, V]
+that is small on each device (xla.CHUNK_LOGITS) is kept between forward and backward instead.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
-from . import reference, xla
+from . import arithmetic, pallas_tpu, reference, whole, xla
+from .layout import Layout, layout_of
+from .platform import only_on
+from .token_loss import TokenLoss, token_loss_of
 
-IMPLEMENTATIONS = {"reference": reference.linear_logprob, "xla": xla.linear_logprob}
-DEFAULT = "xla"
+
+class Implementation(NamedTuple):
+  """Functions of the arrays of one device, over the columns it has.
+
+  forward(hidden[T, D], weight[D, V], targets[T], mask[T], temperature[T], *, softcap)
+    -> (target_logit, lse, mean_logit), each [T] in float32 or wider: of soft-capped logits over
+    temperature; the mean is under these columns' softmax; a target outside [0, V) gives 0, a
+    masked row gives 0.
+  backward(hidden, weight, targets, mask, temperature, lse, entropy, cotangents, *, softcap)
+    -> (d_hidden[T, D], d_weight[D, V]); lse and entropy are those over all columns; cotangents of
+    (logprob, entropy, lse), each [T] or None: nothing depends on that output.
+  loss_gradients: xla.loss_gradients in fewer products than forward and backward, or None.
+  unsupported(hidden, weight) -> why it cannot serve these, or None.
+  platforms: where it runs; None: everywhere.
+  """
+
+  name: str
+  forward: Callable[..., Any]
+  backward: Callable[..., Any]
+  loss_gradients: Callable[..., Any] | None = None
+  unsupported: Callable[[Any, Any], str | None] | None = None
+  platforms: tuple[str, ...] | None = None
+
+
+def xla_chunks(chunk: int | None = None) -> Implementation:
+  """The XLA implementation, `chunk` rows at a time (None: as many as are good)."""
+  some = functools.partial
+  return Implementation(
+    "xla", some(xla.forward, chunk=chunk), some(xla.backward, chunk=chunk),
+    some(xla.loss_gradients, chunk=chunk),
+  )  # fmt: skip
+
+
+PALLAS_TPU = Implementation(
+  "pallas_tpu", pallas_tpu.forward, pallas_tpu.backward,
+  unsupported=pallas_tpu.unsupported, platforms=("tpu",),
+)  # fmt: skip
+# "reference" has no parts: its gradients are autodiff's.
+IMPLEMENTATIONS: dict[str, Implementation | None] = {
+  "reference": None,
+  "xla": xla_chunks(),
+  "pallas_tpu": PALLAS_TPU,
+}
+
+
+class _Plan(NamedTuple):
+  """What is fixed when the program is traced."""
+
+  layout: Layout
+  softcap: float | None
+  named: Implementation | None  # None: by platform
+  keep: bool = False  # the logits, between forward and backward
 
 
 def linear_logprob(
@@ -18,7 +85,7 @@ def linear_logprob(
   temperature: jax.Array | float = 1.0,  # scalar or [T]
   *,
   softcap: float | None = None,
-  implementation: str = DEFAULT,
+  implementation: str | Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns (logprob, entropy, lse), each [T], float32 (float64 where the inputs are).
 
@@ -29,23 +96,312 @@ def linear_logprob(
   and receive no gradient. Differentiable in hidden and weight; temperature counts as a constant.
 
   Raises:
-    ValueError: shapes that do not fit, an unknown implementation, a softcap that is not positive.
+    ValueError: shapes that do not fit, an implementation that does not exist or cannot run (which
+      for the platform is known when the program is compiled), a softcap that is not positive.
   """
+  _check(hidden, weight, mask, temperature, softcap, targets=targets)
+  if implementation == "reference":
+    return reference.linear_logprob(hidden, weight, targets, mask, temperature, softcap=softcap)
+  plan, rows = _prepare(hidden, weight, targets, mask, temperature, softcap, implementation)
+  logprob, entropy, lse = (x[: mask.shape[0]] for x in _linear_logprob(plan, *rows))
+  return logprob, entropy, lse
+
+
+def linear_logprob_loss(
+  hidden: jax.Array,  # [T, D]
+  weight: jax.Array,  # [D, V]
+  targets: jax.Array,  # i32[T]
+  mask: jax.Array,  # bool[T]
+  temperature: jax.Array | float,  # scalar or [T]
+  token_loss: Callable[..., jax.Array],
+  arrays: Any,  # pytree of [T, ...] and scalars
+  *,
+  softcap: float | None = None,
+  implementation: str | Implementation | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+  """sum_t token_loss(logprob, entropy, arrays)_t over rows under the mask; see linear_logprob.
+
+  As the loss of a token depends on no other token's log-prob, its gradient is known as soon as its
+  logits are: differentiated, this computes the gradients in the forward pass, without computing
+  the logits twice. Undifferentiated it costs a forward pass only.
+
+  Args:
+    token_loss: (logprob[C], entropy[C], arrays) -> [C], for some C of the T rows, with those rows
+      of `arrays` (scalars come as they are). It must not capture traced arrays.
+    arrays: not read where masked.
+
+  Returns:
+    (loss, (logprob, entropy, lse)). Only the loss is differentiable, once, in hidden and weight;
+    nothing flows back through the rest, nor into `arrays`.
+
+  Raises:
+    ValueError: as linear_logprob; token_loss does not give one loss per token.
+  """
+  _check(hidden, weight, mask, temperature, softcap, targets=targets)
+  for path, x in jax.tree_util.tree_leaves_with_path(arrays):
+    if jnp.ndim(x) and jnp.shape(x)[:1] != mask.shape:
+      name = jax.tree_util.keystr(path)
+      raise ValueError(
+        f"arrays{name} has shape {jnp.shape(x)}, expected a scalar or [T, ...] with T = {len(mask)}"
+      )
+  arrays = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, arrays))
+  if implementation == "reference":
+    logprob, entropy, lse = reference.linear_logprob(
+      hidden, weight, targets, mask, temperature, softcap=softcap
+    )
+    losses = token_loss_of(token_loss, logprob.dtype, mask.shape[0], arrays)(
+      logprob, entropy, arrays
+    )
+    loss = jnp.sum(jnp.where(mask, losses, 0))
+    return loss, jax.lax.stop_gradient((logprob, entropy, lse))
+  plan, rows = _prepare(hidden, weight, targets, mask, temperature, softcap, implementation)
+  arrays = _padded(plan.layout, mask.shape[0], arrays)
+  count = rows[3].shape[0] // plan.layout.row_shards
+  tokens = token_loss_of(token_loss, arithmetic.wide(hidden, weight), count, arrays)
+  loss, outs = _linear_logprob_loss(plan, tokens, *rows, arrays)
+  logprob, entropy, lse = (jax.lax.stop_gradient(x[: mask.shape[0]]) for x in outs)
+  return loss, (logprob, entropy, lse)
+
+
+def expected_score(
+  hidden: jax.Array,  # [T, D]
+  weight: jax.Array,  # [D, V]
+  mask: jax.Array,  # bool[T]
+  temperature: jax.Array | float = 1.0,  # scalar or [T]
+) -> jax.Array:
+  """sum_v p_v^2 (H + log p_v) per row [T], p = softmax(hidden @ weight / temperature), H = entropy.
+
+  0 where masked; no gradient; in chunks on every platform, and over the mesh as linear_logprob.
+  """
+  _check(hidden, weight, mask, temperature, None)
+  hidden, weight = jax.lax.stop_gradient((hidden, weight))
+  targets = jnp.zeros(mask.shape, jnp.int32)
+  plan, rows = _prepare(hidden, weight, targets, mask, temperature, None, None)
+  hidden, weight, _, padded, temperature = rows
+  layout = plan.layout
+  run = functools.partial(xla.expected_score, layout=layout)
+  specs = (layout.row, layout.weight, layout.row, layout.row)
+  run = layout.map(run, specs, layout.row)
+  return run(hidden, weight, padded, temperature)[: mask.shape[0]]
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _check(hidden, weight, mask, temperature, softcap, **rows) -> None:
   if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[0]:
     raise ValueError(f"hidden {hidden.shape} and weight {weight.shape}: expected [T, D] and [D, V]")
-  for name, x in (("targets", targets), ("mask", mask)):
+  for name, x in {**rows, "mask": mask}.items():
     if x.shape != hidden.shape[:1]:
       raise ValueError(f"{name} has shape {x.shape}, expected [T] = {hidden.shape[:1]}")
-  if jax.numpy.shape(temperature) not in ((), hidden.shape[:1]):
-    raise ValueError(
-      f"temperature has shape {jax.numpy.shape(temperature)}, expected a scalar or [T]"
-    )
+  if jnp.shape(temperature) not in ((), hidden.shape[:1]):
+    raise ValueError(f"temperature has shape {jnp.shape(temperature)}, expected a scalar or [T]")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap is {softcap!r}, expected a positive number or None")
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"linear_logprob: implementation {implementation!r} does not exist; "
-      f"known: {', '.join(IMPLEMENTATIONS)}"
+
+
+def _prepare(hidden, weight, targets, mask, temperature, softcap, implementation):
+  """-> (plan, arguments of _linear_logprob)."""
+  hidden, weight, targets = (jnp.asarray(x) for x in (hidden, weight, targets))
+  mask = jnp.asarray(mask, bool)
+  temperature = jnp.broadcast_to(temperature, mask.shape).astype(arithmetic.wide(hidden, weight))
+  # Of masked rows nothing is read: temperature 0 and target -1 are fine there.
+  temperature = jax.lax.stop_gradient(jnp.where(mask, temperature, 1))
+  targets = jnp.where(mask, targets, 0).astype(jnp.int32)
+  named = implementation
+  if isinstance(named, str):
+    if named not in IMPLEMENTATIONS:
+      raise ValueError(
+        f"linear_logprob: implementation {implementation!r} does not exist; "
+        f"known: {', '.join(IMPLEMENTATIONS)}"
+      )
+    named = IMPLEMENTATIONS[named]
+  layout = layout_of(weight.shape[1])
+  plan = _Plan(layout, softcap, named)
+  hidden, targets, mask, temperature = _padded(
+    layout, mask.shape[0], (hidden, targets, mask, temperature)
+  )
+  temperature = jnp.where(mask, temperature, 1)
+  if implementation in (None, "xla"):
+    logits = mask.shape[0] // layout.row_shards * (weight.shape[1] // layout.vocabulary_shards)
+    plan = plan._replace(keep=logits <= xla.CHUNK_LOGITS)
+  if named is not None and named.unsupported is not None and not plan.keep:
+    reason = named.unsupported(hidden, weight)
+    if reason:
+      raise ValueError(f"linear_logprob: implementation {named.name!r} cannot run: {reason}")
+  return plan, (hidden, weight, targets, mask, temperature)
+
+
+def _padded(layout: Layout, count: int, arrays):
+  """Rows of zeros, as many as the split over the mesh needs."""
+  more = -count % layout.row_shards
+  if not more:
+    return arrays
+  pad = lambda x: jnp.pad(x, ((0, more), *((0, 0),) * (x.ndim - 1))) if x.ndim else x
+  return jax.tree.map(pad, arrays)
+
+
+# --- which implementation -------------------------------------------------------------------------
+
+
+def _run(plan: _Plan, method: Callable[..., Any], *args):
+  """method(implementation, *args) for the one named, or for that of the platform."""
+  named = plan.named
+  if named is not None:
+    if named.platforms is not None:
+      where = ", ".join(named.platforms)
+      text = f"linear_logprob: implementation {named.name!r} runs on {where}"
+      args = (only_on(named.platforms, text, args[0]), *args[1:])
+    return method(named, *args)
+  default = functools.partial(method, IMPLEMENTATIONS["xla"])
+  if pallas_tpu.unsupported(*args[:2]):
+    return default(*args)
+  on_tpu = functools.partial(method, PALLAS_TPU)
+  return jax.lax.platform_dependent(*args, tpu=on_tpu, default=default)
+
+
+def _fit(hidden, weight, gradients):
+  """One dtype, whichever implementation it was."""
+  return gradients[0].astype(hidden.dtype), gradients[1].astype(weight.dtype)
+
+
+# --- the operator ---------------------------------------------------------------------------------
+
+
+def _values(plan: _Plan, *rows):
+  return _forward(plan, *rows)[0]
+
+
+def _forward(plan: _Plan, *rows):
+  """-> ((logprob, entropy, lse), the logits that are kept or None)."""
+  layout = plan.layout
+
+  def local(hidden, weight, targets, mask, temperature):
+    args = (hidden, weight, layout.columns(targets, weight.shape[1]), mask, temperature)
+    if plan.keep:
+      return whole.forward(*args, softcap=plan.softcap, layout=layout)
+    return _merged(plan, *args), None
+
+  kept = PartitionSpec(layout.rows, layout.vocabulary)
+  return layout.map(local, _specs(layout), ((layout.row,) * 3, kept))(*rows)
+
+
+def _specs(layout: Layout):
+  """Of (hidden, weight, targets, mask, temperature)."""
+  return (layout.row, layout.weight, layout.row, layout.row, layout.row)
+
+
+def _merged(plan: _Plan, *args):
+  """Inside map: (logprob, entropy, lse) over all columns, 0 where masked."""
+  forward = lambda implementation, *args: implementation.forward(*args, softcap=plan.softcap)
+  return tuple(jnp.where(args[3], x, 0) for x in plan.layout.merge(*_run(plan, forward, *args)))
+
+
+def _first(plan, *primals):
+  rows = [x.value for x in primals]
+  outs, logits = _forward(plan, *rows)
+  return outs, (rows, outs[1:], logits)
+
+
+def _backward(plan: _Plan, saved, cotangents):
+  rows, (entropy, lse), logits = saved
+  layout = plan.layout
+
+  def local(rows, entropy, lse, cotangents, logits):
+    hidden, weight, targets, mask, temperature = rows
+    cotangents = jax.tree.map(lambda c: jnp.where(mask, c, 0), cotangents)
+    targets = layout.columns(targets, weight.shape[1])
+    args = (hidden, weight, targets, mask, temperature, lse, entropy, cotangents)
+    if plan.keep:
+      d_hidden, d_weight = _fit(hidden, weight, whole.backward(*args, logits, softcap=plan.softcap))
+    else:
+      run = lambda implementation, *args: _fit(
+        hidden, weight, implementation.backward(*args, softcap=plan.softcap)
+      )
+      d_hidden, d_weight = _run(plan, run, *args)
+    return layout.sum_vocabulary(d_hidden), layout.sum_weight_gradient(d_weight)
+
+  kept = PartitionSpec(layout.rows, layout.vocabulary)
+  specs = (_specs(layout), layout.row, layout.row, layout.row, kept)
+  given = tuple(None if isinstance(c, SymbolicZero) else c for c in cotangents)
+  outs = (layout.row, layout.weight_gradient(rows[0].shape[1]))
+  gradients = layout.map(local, specs, outs)(tuple(rows), entropy, lse, given, logits)
+  return (*gradients, None, None, None)
+
+
+_linear_logprob: Any = jax.custom_vjp(_values, nondiff_argnums=(0,))
+_linear_logprob.defvjp(_first, _backward, symbolic_zeros=True)
+
+
+# --- the operator and a loss ----------------------------------------------------------------------
+
+
+def _loss(plan: _Plan, token_loss: TokenLoss, *args):
+  *rows, arrays = args
+  outs, _ = _forward(plan, *rows)
+  layout = plan.layout
+
+  def local(mask, logprob, entropy, arrays):
+    losses = token_loss(logprob, entropy, arrays)
+    return layout.sum_rows(jnp.sum(jnp.where(mask, losses, 0)))
+
+  specs = (layout.row, layout.row, layout.row, layout.rows_of(arrays))
+  total = layout.map(local, specs, PartitionSpec())
+  return total(rows[3], *outs[:2], arrays), outs
+
+
+def _loss_first(plan: _Plan, token_loss: TokenLoss, *args):
+  *rows, arrays = args
+  layout = plan.layout
+
+  def local(rows, arrays):
+    hidden, weight, targets, mask, temperature = rows
+    targets = layout.columns(targets, weight.shape[1])
+    args = (hidden, weight, targets, mask, temperature, arrays)
+    if plan.keep:
+      out = _loss_whole(plan, token_loss, *args)
+    else:
+      out = _run(plan, functools.partial(_loss_by, plan, token_loss), *args)
+    losses, outs, d_hidden, d_weight = out
+    gradients = (layout.sum_vocabulary(d_hidden), layout.sum_weight_gradient(d_weight))
+    return (layout.sum_rows(jnp.sum(losses)), outs), gradients
+
+  specs = (_specs(layout), layout.rows_of(arrays))
+  gradients = (layout.row, layout.weight_gradient(rows[0].shape[1]))
+  run = layout.map(local, specs, ((PartitionSpec(), layout.row), gradients))
+  return run(tuple(rows), arrays)
+
+
+def _loss_whole(plan: _Plan, token_loss: TokenLoss, *args):
+  hidden, weight, targets, mask, temperature, arrays = args
+  rows = (hidden, weight, targets, mask, temperature)
+  outs, logits = whole.forward(*rows, softcap=plan.softcap, layout=plan.layout)
+  logprob, entropy, lse = outs
+  losses, g, h = token_loss.gradients(mask, logprob, entropy, arrays)
+  gradients = whole.backward(*rows, lse, entropy, (g, h, None), logits, softcap=plan.softcap)
+  return losses, outs, *_fit(hidden, weight, gradients)
+
+
+def _loss_by(plan: _Plan, token_loss: TokenLoss, implementation: Implementation, *args):
+  """(losses, outputs, d_hidden, d_weight) of one device, by the implementation's own way or not."""
+  *rows, arrays = args
+  hidden, weight, _, mask, _ = rows
+  if implementation.loss_gradients is not None:
+    losses, outs, *gradients = implementation.loss_gradients(
+      *args, token_loss=token_loss, layout=plan.layout, softcap=plan.softcap
     )
-  run = IMPLEMENTATIONS[implementation]
-  return run(hidden, weight, targets, mask, temperature, softcap=softcap)
+    return losses, outs, *_fit(hidden, weight, gradients)
+  parts = implementation.forward(*rows, softcap=plan.softcap)
+  logprob, entropy, lse = outs = [jnp.where(mask, x, 0) for x in plan.layout.merge(*parts)]
+  losses, g, h = token_loss.gradients(mask, logprob, entropy, arrays)
+  gradients = implementation.backward(*rows, lse, entropy, (g, h, None), softcap=plan.softcap)
+  return losses, tuple(outs), *_fit(hidden, weight, gradients)
+
+
+def _loss_backward(plan: _Plan, token_loss: TokenLoss, gradients, cotangents):
+  d_hidden, d_weight = (g * cotangents[0].astype(g.dtype) for g in gradients)
+  return d_hidden, d_weight, None, None, None, None
+
+
+_linear_logprob_loss: Any = jax.custom_vjp(_loss, nondiff_argnums=(0, 1))
+_linear_logprob_loss.defvjp(_loss_first, _loss_backward)

@@ -22,4 +22,5 @@ def linear_logprob(hidden, weight, targets, mask, temperature, *, softcap):
   logprob = jnp.take_along_axis(logits, target, axis=-1)[:, 0] - lse
   log_p = logits - lse[:, None]
   entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-  return tuple(jnp.where(mask, x, 0) for x in (logprob, entropy, lse))
+  logprob, entropy, lse = (jnp.where(mask, x, 0) for x in (logprob, entropy, lse))
+  return logprob, entropy, lse
