@@ -42,10 +42,11 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Active rows in front: order[T'] -> row (T beyond the last), place[T] -> row of T' (or T')."""
+  """Active rows in front, then the first of them again up to T' = T in whole blocks."""
 
-  order: jax.Array  # i32[T'], T' = T rounded up to whole blocks
-  place: jax.Array  # i32[T]
+  order: jax.Array  # i32[T']: the row at each place
+  real: jax.Array  # bool[T']: not a repetition
+  place: jax.Array  # i32[T]: the place of each row, T' when it is masked
   live: jax.Array  # i32[1]: blocks of rows that hold an active one
 
 
@@ -83,9 +84,9 @@ def forward(
     scratch_shapes=[pltpu.VMEM((tile.rows, 1), jnp.float32)] * 4,
   )(
     plan.live,
-    _take(plan, _local(targets, weight), -1)[:, None],
-    _take(plan, 1 / jnp.where(mask, temperature, 1).astype(jnp.float32), 1)[:, None],
-    _take(plan, hidden, 0),
+    _take(plan, _local(targets, weight))[:, None],
+    _take(plan, 1 / jnp.where(mask, temperature, 1).astype(jnp.float32))[:, None],
+    _take(plan, hidden),
     weight,
   )
   return tuple(_put(plan, x[:, 0]) for x in out)
@@ -100,12 +101,15 @@ def backward(
   plan = _plan(mask, tile.rows)
   shape = _Shape(hidden, weight, tile, interpret, chip)
   inverse = 1 / jnp.where(mask, temperature, 1)
-  stats = [jnp.zeros(mask.shape) if x is None else x for x in (inverse, lse, entropy, *cotangents)]
+  stats = [_take(plan, x.astype(jnp.float32)) for x in (inverse, lse, entropy)]
+  for c in cotangents:  # a repetition contributes nothing
+    c = jnp.zeros(mask.shape) if c is None else c
+    stats.append(jnp.where(plan.real, _take(plan, c.astype(jnp.float32)), 0))
   args = (
     plan.live,
-    _take(plan, _local(targets, weight), -1)[:, None],
-    _take(plan, jnp.stack([x.astype(jnp.float32) for x in stats], axis=1), 0),
-    _take(plan, hidden, 0),
+    _take(plan, _local(targets, weight))[:, None],
+    jnp.stack(stats, axis=1),
+    _take(plan, hidden),
     weight,
   )
   uses = tuple(c is not None for c in cotangents)
@@ -158,14 +162,15 @@ def _plan(mask, rows: int) -> Plan:
   padded = pl.cdiv(T, rows) * rows
   active = jnp.sum(mask, dtype=jnp.int32)
   order = jnp.argsort(~mask, stable=True).astype(jnp.int32)
-  order = jnp.where(jnp.arange(T) < active, order, T)
-  order = jnp.pad(order, (0, padded - T), constant_values=T)
+  order = jnp.pad(order, (0, padded - T))
+  real = jnp.arange(padded) < active
   place = jnp.where(mask, jnp.cumsum(mask, dtype=jnp.int32) - 1, padded)
-  return Plan(order, place, ((active + rows - 1) // rows)[None])
+  live = ((active + rows - 1) // rows)[None]
+  return Plan(jnp.where(real, order, order[0]), real, place, live)
 
 
-def _take(plan: Plan, x, fill):
-  return x.at[plan.order].get(mode="fill", fill_value=fill)
+def _take(plan: Plan, x):
+  return x.at[plan.order].get(mode="promise_in_bounds")
 
 
 def _put(plan: Plan, x):
