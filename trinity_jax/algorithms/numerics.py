@@ -21,7 +21,9 @@ def masked(mask: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
   return tuple(out)
 
 
-def clamp(x: jax.Array, low: float, high: float) -> jax.Array:
+def clamp(
+  x: jax.Array, low: jax.typing.ArrayLike, high: jax.typing.ArrayLike
+) -> jax.Array:
   """Clips to [low, high] with torch's gradient: 1 inside, bounds included, 0 outside.
 
   (`jnp.clip` gives 0.5 at an exact bound.)

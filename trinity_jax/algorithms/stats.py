@@ -32,11 +32,27 @@ def _present(value, count):
   return jnp.where(count > 0, value, 0)
 
 
+def _ess(count, total, square):
+  return _present(jnp.square(total) / jnp.where(square > 0, square * count, 1), square)
+
+
+def _explained(count, error, error_square, target, target_square):
+  n = jnp.maximum(count, 1)
+  square = target_square / n
+  variance = square - jnp.square(target / n)
+  unexplained = error_square / n - jnp.square(error / n)
+  # Below that share a difference of two sums is rounding.
+  varies = variance > 1e-6 * square
+  return jnp.where(varies, 1 - unexplained / jnp.where(varies, variance, 1), 0)
+
+
 KINDS: dict[str, Kind] = {
   "sum": Kind((jnp.add,), (0.0,), lambda total: total),
   "mean": Kind((jnp.add, jnp.add), (0.0, 0.0), lambda s, n: _present(s / jnp.maximum(n, 1), n)),
   "max": Kind((jnp.maximum, jnp.add), (-jnp.inf, 0.0), _present),
   "min": Kind((jnp.minimum, jnp.add), (jnp.inf, 0.0), _present),
+  "ess": Kind((jnp.add,) * 3, (0.0,) * 3, _ess),
+  "explained_variance": Kind((jnp.add,) * 5, (0.0,) * 5, _explained),
 }
 
 
@@ -82,6 +98,20 @@ def minimum(x: jax.Array, mask: jax.Array) -> Stat:
   """Stat of the smallest `x` where `mask`."""
   x, count = _selected(x, mask, jnp.inf)
   return Stat((jnp.min(x, initial=jnp.inf), count), "min")
+
+
+def effective_sample_size(weights: jax.Array, mask: jax.Array) -> Stat:
+  """Stat of (sum w)^2 / (n sum w^2) where `mask`: 1 for equal weights, 1 / n for a single one."""
+  w, count = _selected(weights, mask, 0)
+  return Stat((count, jnp.sum(w), jnp.sum(jnp.square(w))), "ess")
+
+
+def explained_variance(predictions: jax.Array, targets: jax.Array, mask: jax.Array) -> Stat:
+  """Stat of 1 - Var(targets - predictions) / Var(targets) where `mask`; 0 for equal targets."""
+  targets, count = _selected(targets, mask, 0)
+  error = targets - _selected(predictions, mask, 0)[0]
+  sums = (error, jnp.square(error), targets, jnp.square(targets))
+  return Stat((count, *(jnp.sum(x) for x in sums)), "explained_variance")
 
 
 def neutral(stats: Stats) -> dict[str, Stat]:
