@@ -48,6 +48,54 @@ def test_values_and_gradients_against_torch(name):
   np.testing.assert_allclose(grad, x.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_low_variance_kl():
+  # d = -3: e^3 - 4 = 16.0855 -> 10, no gradient; d = -1: e - 2, slope 1 - e; d = 30 -> 20, then 19 -> 10.
+  x, vjp = jax.vjp(lambda x: KLS["low_var_kl"](x, jnp.zeros(3)), jnp.array([-3.0, -1.0, 30.0]))
+  np.testing.assert_allclose(x, [10, np.e - 2, 10], rtol=1e-6)
+  np.testing.assert_allclose(vjp(jnp.ones(3))[0], [0, 1 - np.e, 0], rtol=1e-6)
+
+
+def test_corrected_k3_against_torch():
+  logprob = np.array([-1.0, -2.0, -0.5, -3.0, -25.0, -1.0])
+  ref = np.array([-1.5, -1.0, -0.5, -2.0, -1.0, -26.0])
+  old = np.array([-1.2, -3.5, -0.5, -3.0, -1.0, -1.0])  # ratios e^0.2, e^1.5 (bounded), 1, 1
+  with jax.enable_x64(True):
+    value, vjp = jax.vjp(lambda x: KLS["corrected_k3"](x, ref, old), logprob)
+    grad = vjp(jnp.ones(6))[0]
+    wider = KLS["corrected_k3"](logprob, ref, old, max_ratio=9.0)
+  x = torch.tensor(logprob, requires_grad=True)
+  d = torch.clamp(x - torch.tensor(ref), -20, 20)
+  ratio = torch.exp(torch.clamp(x - torch.tensor(old), -20, 20))
+  k3 = torch.exp(-d) - 1 + d
+  expected = torch.clamp(ratio, 0, 2) * k3
+  expected.sum().backward()
+  np.testing.assert_allclose(value, expected.detach(), rtol=1e-9, atol=1e-15)
+  np.testing.assert_allclose(grad, x.grad, rtol=1e-9, atol=1e-12)
+  np.testing.assert_allclose(wider, (ratio * k3).detach(), rtol=1e-9, atol=1e-15)
+  with pytest.raises(UserError, match="max_ratio = 0: expected a number above 0"):
+    KLS["corrected_k3"](logprob, ref, old, max_ratio=0)
+
+
+def test_corrected_k3_has_the_gradient_of_the_divergence():
+  # Tokens of an older policy q: E_q[estimate] is KL(p || ref), and so is its gradient in p.
+  rng = np.random.default_rng(0)
+  logits, ref, old = rng.normal(size=(3, 5)) * 0.3
+  with jax.enable_x64(True):
+    log_ref, log_old = jax.nn.log_softmax(ref), jax.nn.log_softmax(old)
+
+    def estimate(logits):
+      p = jax.nn.log_softmax(logits)
+      return jnp.sum(jnp.exp(log_old) * KLS["corrected_k3"](p, log_ref, log_old))
+
+    def divergence(logits):
+      p = jax.nn.log_softmax(logits)
+      return jnp.sum(jnp.exp(p) * (p - log_ref))
+
+    got, expected = (jax.value_and_grad(f)(logits) for f in (estimate, divergence))
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-10)
+  np.testing.assert_allclose(got[1], expected[1], rtol=1e-9, atol=1e-12)
+
+
 def test_k3_keeps_its_digits_near_zero():
   # d = 1e-3: d^2/2 - d^3/6 = 4.998333e-7; exp(-d) - 1 + d in float32 has an error of 6e-8.
   got = KLS["k3"](jnp.array([1e-3]), jnp.zeros(1))
@@ -60,7 +108,10 @@ def test_masked_positions_leak_nowhere(name):
   logprob = jnp.array([-1.0, jnp.nan, -jnp.inf, 0.0])
   ref = jnp.array([-2.0, 0.0, jnp.inf, jnp.nan])
   part = algorithms.parts.resolve("kl", name, KLS)
-  value, vjp = jax.vjp(lambda x: part(logprob=x, ref_logprob=ref, mask=mask), logprob)
+  old = jnp.array([-1.5, jnp.inf, 0.0, jnp.nan])
+  value, vjp = jax.vjp(
+    lambda x: part(logprob=x, ref_logprob=ref, old_logprob=old, mask=mask), logprob
+  )
   if name != "none":
     assert np.all(np.isfinite(value)) and not np.any(value[1:])
     assert value[0] != 0
@@ -72,6 +123,12 @@ def test_entropy():
   x = jnp.array([0.5, jnp.nan])
   np.testing.assert_array_equal(entropy.default(x, jnp.array([True, False])), [0.5, 0])
   np.testing.assert_array_equal(entropy.none(jnp.array([True, False])), [0, 0])
+  x = jnp.array([0.5, jnp.nan, 0.25])
+  value, vjp = jax.vjp(
+    lambda x: entropy.mix(x, jnp.array([True, True, True]), jnp.array([False, True, False])), x
+  )
+  np.testing.assert_array_equal(value, [0.5, 0, 0.25])  # the expert's entropy is not read
+  np.testing.assert_array_equal(vjp(jnp.ones(3))[0], [1, 0, 1])
 
 
 def test_stats_do_not_depend_on_the_split():

@@ -18,4 +18,9 @@ def none(mask: jax.Array) -> jax.Array:
   return jnp.zeros(jnp.shape(mask))
 
 
-ENTROPIES = {"default": default, "none": none}
+def mix(entropy: jax.Array, mask: jax.Array, is_expert: jax.Array) -> jax.Array:
+  """`default` at the tokens that the policy wrote itself, 0 at an expert's."""
+  return masked(jnp.asarray(mask, bool) & ~jnp.asarray(is_expert, bool), entropy)[0]
+
+
+ENTROPIES = {"default": default, "none": none, "mix": mix}

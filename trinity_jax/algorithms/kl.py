@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from trinity_jax.algorithms.numerics import masked
+from trinity_jax.algorithms.numerics import clamp, masked
+from trinity_jax.errors import UserError
 
 
 def _difference(logprob, ref_logprob, mask):
@@ -48,4 +49,44 @@ def absolute(
   return jax.lax.stop_gradient(jnp.sign(d)) * d
 
 
-KLS = {"none": none, "k1": k1, "k2": k2, "k3": k3, "abs": absolute}
+def low_var_kl(
+  logprob: jax.Array, ref_logprob: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+  """k3 with d within +-20 and the result at most 10; no gradient beyond."""
+  d = clamp(_difference(logprob, ref_logprob, mask), -20.0, 20.0)
+  return clamp(jnp.expm1(-d) + d, -10.0, 10.0)
+
+
+def corrected_k3(
+  logprob: jax.Array,
+  ref_logprob: jax.Array,
+  old_logprob: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  max_ratio: float = 2.0,
+) -> jax.Array:
+  """min(e^(logprob - old), max_ratio) k3: unbiased, and in its gradient too, for data of an older
+  policy up to the bound.
+
+  The ratio is differentiated with the rest (DeepSeek-V3.2, arXiv 2512.02556). Both logarithms are
+  kept within +-20, without gradient beyond.
+
+  Raises:
+    UserError: max_ratio not above 0.
+  """
+  if isinstance(max_ratio, (int, float)) and not max_ratio > 0:
+    raise UserError(f"max_ratio = {max_ratio!r}: expected a number above 0")
+  moved = clamp(_difference(logprob, old_logprob, mask), -20.0, 20.0)
+  d = clamp(_difference(logprob, ref_logprob, mask), -20.0, 20.0)
+  return clamp(jnp.exp(moved), 0.0, max_ratio) * (jnp.expm1(-d) + d)
+
+
+KLS = {
+  "none": none,
+  "k1": k1,
+  "k2": k2,
+  "k3": k3,
+  "abs": absolute,
+  "low_var_kl": low_var_kl,
+  "corrected_k3": corrected_k3,
+}

@@ -75,6 +75,20 @@ def per_sequence(*names: str) -> Callable[[Any], Any]:
   return mark
 
 
+def by_option(option: str, others: Mapping[Any, Callable[..., Any]]) -> Callable[[Any], Any]:
+  """Has `others[value]` stand in for the function where `option` has that value.
+
+  What a piece reads is told by its signature; an option that changes what is read is therefore a
+  choice between functions. Each of `others` has `option` among its options, too.
+  """
+
+  def mark(function):
+    function.by_option = (option, others)
+    return function
+
+  return mark
+
+
 class Part(NamedTuple):
   """A function bound to its hyper-parameters; picks the arrays it reads from all there are."""
 
@@ -138,6 +152,9 @@ def resolve(
       f"{kind} {name!r} does not exist{suggestion(name, registry)} (or name your own function as "
       "'module:function')"
     )
+  option, others = getattr(function, "by_option", ("", {}))
+  chosen = (options or {}).get(option)
+  function = next((f for value, f in others.items() if value == chosen), function)
   functions = {"": function, **getattr(function, "whole_step", {})}
   signatures = {k: _signature(kind, name, f) for k, f in functions.items()}
   defaults = {k: v for *_, own in signatures.values() for k, v in own.items()}
