@@ -77,12 +77,12 @@ def test_train_step(parts):
   algorithm = make(config.algorithm)
   optimizer = make_optimizer(config.optimizer, 10, abstract(model))
   zero = jax.ShapeDtypeStruct((), np.int32)
-  fields = [f.name for f in dataclasses.fields(state_lib.TrainState)][2:]
+  coef = jax.ShapeDtypeStruct((), np.float32)
   state = state_lib.TrainState(
-    shapes, jax.eval_shape(optimizer.init, shapes), **dict.fromkeys(fields, zero)
+    shapes, jax.eval_shape(optimizer.init, shapes), zero, zero, zero, coef
   )
   shardings = state_lib.state_shardings(state, layout, optimizer, mesh)
-  spec = pack_spec(config)
+  spec = pack_spec(config, algorithm)
   batch = pack([], spec)
   step = train.compile_step(
     mesh, shardings, batch, policy=policy_of(config, model), algorithm=algorithm,
@@ -90,7 +90,7 @@ def test_train_step(parts):
     max_response=config.sampler.max_response_length,
   )  # fmt: skip
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
-  compiled = step.lower(state, batch).compile()
+  compiled = step.lower(state, batch, zero).compile()
   memory = compiled.memory_analysis()
   numbers = model.num_params()
   # Parameters and two moments in float32 over 4 chips (norms are on each), and the batch.

@@ -12,6 +12,7 @@ import launching
 import pytest
 
 from trinity_jax import check as check_lib
+from trinity_jax.algorithms.algorithm import make
 from trinity_jax.config import resolve
 from trinity_jax.errors import UserError
 from trinity_jax.memory import memory_per_device
@@ -100,7 +101,8 @@ def test_memory_is_that_of_the_shards():
     grid = sharding.make_mesh(**mesh)
     layout = sharding.param_shardings(model, grid)
     programs = check_lib.build.make_programs(c, model, grid, layout, None)
-    return memory_per_device(c, model, grid, layout, programs, pack_spec(c), reference=False)
+    spec = pack_spec(c, make("grpo"))
+    return memory_per_device(c, model, grid, layout, programs, spec, reference=False)
 
   one = measure(data=1, devices=jax.devices()[:1])
   assert one["parameters"] == one["published"] == 4 * numbers
@@ -125,7 +127,8 @@ def test_memory_is_that_of_the_shards():
     stage, model, rollout, sharding.param_shardings(model, rollout), None
   )
   layout = sharding.param_shardings(model, train)
-  apart = memory_per_device(stage, model, train, layout, programs, pack_spec(stage), False)
+  spec = pack_spec(stage, make("grpo"))
+  apart = memory_per_device(stage, model, train, layout, programs, spec, False)
   there = apart["sampler"] + apart["cache"] + max(apart["sampler"], apart["sampling"])
   here = sum(apart[k] for k in ("parameters", "optimizer", "published", "training"))
   assert apart["peak"] == max(here, there)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.config import Config, taskset_config
 from trinity_jax.errors import UserError
+from trinity_jax.experience import Task
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import params as params_lib
@@ -26,8 +27,9 @@ from trinity_jax.sampler.pool import SamplerPool
 from trinity_jax.sampler.programs import Programs, shards_of
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.sampler.scheduler import Sampler
-from trinity_jax.tasks.taskset import load_taskset
-from trinity_jax.trainer.step import Policy
+from trinity_jax.tasks.demonstrations import PER_TASK, REQUIRED
+from trinity_jax.tasks.taskset import Taskset, load_taskset
+from trinity_jax.trainer.scoring import Policy
 
 
 def policy_of(config: Config, model: ModelConfig) -> Policy:
@@ -205,6 +207,64 @@ def held_out_taskset(config: Config, index: int):
   return own, tasks, lambda response, task: reward.grade(response, task.truth, task)
 
 
+def training_taskset(config: Config, algorithm: Algorithm) -> Taskset:
+  """What the algorithm trains on, at its start."""
+  if algorithm.data == "text" and not config.taskset.text_key:
+    raise UserError(
+      f"config.taskset.text_key is empty: algorithm {algorithm.name!r} learns from plain text; "
+      "name the field that holds it"
+    )
+  return load_taskset(config.taskset, seed=config.seed, require=REQUIRED[algorithm.data])
+
+
+def tasks_per_step(config: Config, algorithm: Algorithm) -> int:
+  """Tasks of the training taskset that one step uses up."""
+  if not algorithm.supervised:
+    return config.explorer.batch_size
+  per_task = PER_TASK[algorithm.data]
+  experiences = (
+    config.trainer.batch_size or config.explorer.batch_size * config.explorer.group_size
+  )
+  if experiences % per_task:
+    raise UserError(
+      f"config.trainer.batch_size = {experiences}: counts both members of a pair; use an even "
+      "number"
+    )
+  return experiences // per_task
+
+
+def expert_taskset(config: Config, algorithm: Algorithm) -> Taskset | None:
+  """Demonstrations beside the rollouts; None for algorithms that do not mix."""
+  c = config.experts
+  if algorithm.blend is None:
+    if c.batch_size:
+      raise UserError(
+        f"config.experts.batch_size = {c.batch_size}: algorithm {algorithm.name!r} does not mix "
+        "demonstrations with rollouts; use one that does (mix, chord), or 0"
+      )
+    return None
+  if not c.batch_size or not c.taskset:
+    raise UserError(
+      f"config.experts.taskset and config.experts.batch_size: algorithm {algorithm.name!r} mixes "
+      "demonstrations with rollouts; say where they are and how many a step takes"
+    )
+  own = taskset_config(c.taskset, "experts.taskset")
+  return load_taskset(own, seed=config.seed, require=REQUIRED["demonstrations"])
+
+
+def held_out_texts(config: Config, algorithm: Algorithm) -> Sequence[Task]:
+  """Texts whose loss is evaluated in supervised training; () when the config names none."""
+  if not config.eval.texts:
+    return ()
+  if not algorithm.supervised:
+    raise UserError(
+      f"config.eval.texts: algorithm {algorithm.name!r} learns from rollouts; evaluate it on "
+      "config.eval.tasksets"
+    )
+  own = taskset_config(config.eval.texts, "eval.texts")
+  return load_taskset(own, seed=config.seed, is_eval=True, require=REQUIRED[algorithm.data]).tasks
+
+
 def check_rows(config: Config, mesh: Mesh) -> None:
   """Rows of a micro-batch are split over data x fsdp."""
   over = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -217,13 +277,18 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 
 
 def check_lag(config: Config, algorithm: Algorithm) -> None:
-  """Off-policy data needs an objective that knows which policy sampled it."""
+  """Off-policy data needs an objective that knows which policy sampled it.
+
+  Raises:
+    UserError: keys of the config that do not go with the algorithm.
+  """
   lag = config.sync.interval + config.sync.offset - 1
-  if lag and not algorithm.supervised and not algorithm.uses_ratio:
+  knows = algorithm.uses_ratio or algorithm.stale or config.sync.allow_uncorrected
+  if lag and not algorithm.supervised and not knows:
     raise UserError(
       f"config.sync gives rollouts that are up to {lag} versions old, but algorithm "
       f"{algorithm.name!r} neither clips nor corrects the ratio; use sync.interval=1 and "
-      "sync.offset=0, or policy_loss='ppo'"
+      "sync.offset=0, policy_loss='ppo', or algorithm.correction='token_tis'"
     )
   per_step = config.explorer.batch_size * config.explorer.group_size
   if not algorithm.supervised and config.trainer.batch_size not in (0, per_step):
@@ -235,4 +300,26 @@ def check_lag(config: Config, algorithm: Algorithm) -> None:
     raise UserError(
       f"config.explorer.group_size = 1: algorithm {algorithm.name!r} compares the runs of a task; "
       "use at least 2"
+    )
+  if algorithm.needs_greedy and config.explorer.group_size == 1:
+    raise UserError(
+      f"config.explorer.group_size = 1: algorithm {algorithm.name!r} samples the first run of each "
+      "task greedily, as a baseline for the others; use at least 2"
+    )
+  updates = config.trainer.minibatches
+  tasks = tasks_per_step(config, algorithm)
+  for key, count in (("tasks of a step", tasks), ("experts.batch_size", config.experts.batch_size)):
+    if count % updates:
+      raise UserError(
+        f"config.trainer.minibatches = {updates}: must divide the {count} {key}, so that groups "
+        "stay whole"
+      )
+  if config.algorithm.kl_target and not algorithm.kl_coef:
+    raise UserError(
+      f"config.algorithm.kl_target = {config.algorithm.kl_target}: algorithm {algorithm.name!r} "
+      "has no KL penalty to adapt; set algorithm.kl and algorithm.kl_coef"
+    )
+  if config.critic.warmup and not algorithm.needs_critic:
+    raise UserError(
+      f"config.critic.warmup = {config.critic.warmup}: algorithm {algorithm.name!r} has no critic"
     )

@@ -24,8 +24,8 @@ from trinity_jax.models import hf, params, sharding
 from trinity_jax.models.presets import ModelConfig
 from trinity_jax.models.tokenizer import Tokenizer, write_byte_tokenizer
 from trinity_jax.sampler.programs import Programs
-from trinity_jax.tasks.prompts import check_demonstrations, check_prompts
-from trinity_jax.tasks.taskset import Taskset, load_taskset
+from trinity_jax.tasks.prompts import check_given, check_prompts
+from trinity_jax.tasks.taskset import Taskset
 from trinity_jax.trainer.packing import PackSpec
 from trinity_jax.trainer.trainer import pack_spec
 
@@ -65,16 +65,16 @@ def plan(config: Config) -> Plan:
   if not algorithm.supervised:
     make_reward(config.taskset.reward, config.taskset.reward_args)
     find_workflow(config.taskset.workflow)
-  require = ("response",) if algorithm.supervised else ()
-  taskset = load_taskset(config.taskset, seed=config.seed, require=require)
+  taskset = build.training_taskset(config, algorithm)
+  build.expert_taskset(config, algorithm)
+  build.held_out_texts(config, algorithm)
   held_out = []
   for i in range(len(config.eval.tasksets)):
     own, tasks, _ = build.held_out_taskset(config, i)
     find_workflow(own.workflow)
     held_out.append((own, tasks))
-  return Plan(
-    config, algorithm, mesh, model, layout, programs, pack_spec(config), taskset, held_out
-  )
+  spec = pack_spec(config, algorithm)
+  return Plan(config, algorithm, mesh, model, layout, programs, spec, taskset, held_out)
 
 
 def check_texts(stage: Plan, tokenizer: Tokenizer) -> list[str]:
@@ -86,7 +86,7 @@ def check_texts(stage: Plan, tokenizer: Tokenizer) -> list[str]:
   limits = stage.config.sampler
   sampled = list(stage.held_out)
   if stage.algorithm.supervised:
-    check_demonstrations(stage.taskset.tasks, tokenizer, limits)
+    check_given(stage.algorithm.data, stage.taskset.tasks, tokenizer, limits)
   else:
     sampled.insert(0, (stage.config.taskset, stage.taskset.tasks))
   found = [check_prompts(c, tasks, tokenizer, limits.max_prompt_length) for c, tasks in sampled]
@@ -143,8 +143,8 @@ def check(config: Config) -> str:
 def render(stage: Plan) -> str:
   """The plan of one stage as lines `name  value`."""
   config, spec, programs, model = stage.config, stage.spec, stage.programs, stage.model
-  steps = config.trainer.total_steps
-  tasks = spec.sequences if stage.algorithm.supervised else config.explorer.batch_size
+  steps, updates = config.trainer.total_steps, config.trainer.minibatches
+  tasks = build.tasks_per_step(config, stage.algorithm)
   epochs = steps * tasks / len(stage.taskset)
   size = sum(math.prod(s.shape) for s in jax.tree.leaves(params.abstract(model)))
   memory = memory_per_device(
@@ -160,7 +160,9 @@ def render(stage: Plan) -> str:
     "devices": f"{stage.mesh.size} {jax.devices()[0].device_kind}, mesh {dict(stage.mesh.shape)}",
     "tasks": f"{len(stage.taskset)}, {tasks} a step, {epochs:.2f} epochs",
     "held out": ", ".join(f"{c.name} ({len(t)})" for c, t in stage.held_out) or "nothing",
-    "steps": f"{steps} of {spec.sequences} experiences, saved every {config.trainer.save_interval}",
+    "steps": f"{steps} of {spec.sequences * updates} experiences"
+    f"{f' in {updates} updates' if updates > 1 else ''}, saved every "
+    f"{config.trainer.save_interval}",
     "rows": f"{spec.rows} x {spec.row_lengths} a micro-batch, at most {spec.micros} micro-batches",
     "sampler": f"{config.sampler.slots} slots x {programs.spec.cache_length} tokens, prompts "
     f"{programs.prompt_lengths}, {programs.prompt_counts} a prefill and part of the mesh",

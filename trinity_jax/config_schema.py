@@ -69,6 +69,9 @@ class TasksetConfig:
   prompt_key: str = key("prompt", "Field that holds the prompt text.")
   messages_key: str = key("", "Field that holds chat messages; wins over prompt_key.")
   response_key: str = key("response", "Field that holds a demonstration (supervised training).")
+  chosen_key: str = key("chosen", "Field that holds the better response of a preference pair.")
+  rejected_key: str = key("rejected", "Field that holds the worse one.")
+  text_key: str = key("", "Field that holds plain text (continued pre-training); no prompt then.")
   truth_key: str = key("answer", "Field that the reward function compares with.")
   system_prompt: str = key("", "System message put before every prompt.")
   workflow: str = key("single_turn", "Workflow name or 'module:function'.")
@@ -294,6 +297,11 @@ class EvalConfig:
   )
   interval: int = key(0, "Steps between evaluations; 0 means only at the end.", low=0)
   on_start: bool = key(True, "Evaluate before the first step.")
+  texts: dict = key(
+    {},
+    "Supervised training: taskset (dict of `taskset` keys) of held-out texts of the same kind; "
+    "their loss is evaluated.",
+  )
   temperature: float = key(0.0, "0 is greedy.", low=0.0)
   runs: int = key(1, "Runs per held-out task.", low=1)
   first: bool = key(True, "Evaluation requests are admitted before waiting training rollouts.")

@@ -56,6 +56,8 @@ class Task:
     messages: the prompt as chat messages ({"role": ..., "content": ...}).
     truth: what a verifier compares with ("" when there is none).
     response: a demonstration (supervised training only), else None.
+    chosen, rejected: a preference pair, else None.
+    text: plain text to continue pre-training on, else None; then there are no messages.
     taskset: name of the taskset it came from.
     is_eval: evaluated, never trained on.
     raw: the whole row as read.
@@ -65,6 +67,9 @@ class Task:
   messages: tuple[dict[str, Any], ...]
   truth: str = ""
   response: str | None = None
+  chosen: str | None = None
+  rejected: str | None = None
+  text: str | None = None
   taskset: str = "train"
   is_eval: bool = False
   raw: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -226,7 +231,6 @@ class Batch:
     action_mask: bool[M, B, T].
     logprobs: f32[M, B, T], behaviour log-probs.
     versions: i32[M, B, T], -1 where not sampled.
-    advantages: f32[M, B, T], filled by the step's `prepare`.
     ref_logprobs: f32[M, B, T], zeros unless the algorithm needs a reference.
     sequence_index: i32[M, B, T], which of the N sequences a token belongs to (0 on padding).
     rewards: f32[N], 0 where not valid.
@@ -246,7 +250,6 @@ class Batch:
   action_mask: Any
   logprobs: Any
   versions: Any
-  advantages: Any
   ref_logprobs: Any
   sequence_index: Any
   rewards: Any
@@ -264,6 +267,6 @@ class Batch:
   extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   TOKEN_FIELDS: ClassVar[tuple[str, ...]] = (
-    "tokens", "positions", "segment_ids", "action_mask", "logprobs", "versions", "advantages",
+    "tokens", "positions", "segment_ids", "action_mask", "logprobs", "versions",
     "ref_logprobs", "sequence_index",
   )  # fmt: skip

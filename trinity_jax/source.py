@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.errors import RunFailed
-from trinity_jax.experience import Experience, ExperienceId
+from trinity_jax.experience import Experience
+from trinity_jax.experience import Source as ExperienceSource
 from trinity_jax.explorer.explorer import Explorer, rollout_metrics
 from trinity_jax.explorer.rewards import grading_counts
 from trinity_jax.monitor.metrics import reduce_metrics
 from trinity_jax.sampler.rollout_engine import RolloutEngine
-from trinity_jax.tasks.demonstrations import demonstration
 
 if TYPE_CHECKING:
   from trinity_jax.stage import Stage
@@ -119,7 +119,8 @@ class Rollouts(Source):
 
   def sample(self) -> list[Experience]:
     assert self.buffer is not None and self.explorer is not None
-    n = self.stage.trainer.spec.sequences
+    c = self.stage.config.explorer
+    n = c.batch_size * c.group_size
     try:
       found = self.buffer.sample(n, self.stage.config.sync.timeout, self.explorer.describe)
     except RunFailed:
@@ -132,10 +133,20 @@ class Rollouts(Source):
         f"every run failed in {self._failed_steps} steps in a row (explorer.max_failed_steps); of "
         f"the last {len(found)}: {failures(found)}"
       )
-    return found
+    return found + self._experts()
+
+  def _experts(self) -> list[Experience]:
+    """Demonstrations beside the rollouts, in groups of their own (mixed training)."""
+    stage = self.stage
+    if stage.experts is None:
+      return []
+    tasks = stage.experts.next_batch(stage.config.experts.batch_size)
+    step = stage.trainer.step_number + 1
+    return stage.given("demonstrations", tasks, step, stage.config.explorer.batch_size)
 
   def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-    out = rollout_metrics(experiences, self.stage.config.explorer.group_size)
+    rollouts = [e for e in experiences if e.source is ExperienceSource.ROLLOUT]
+    out = rollout_metrics(rollouts, self.stage.config.explorer.group_size)
     assert self.engine is not None and self.buffer is not None
     now = self.engine.stats
     out |= sampler_metrics({k: v - self._stats.get(k, 0) for k, v in now.items()})
@@ -172,19 +183,10 @@ class Demonstrations(Source):
   def sample(self) -> list[Experience]:
     if self._error is not None:
       raise self._error
-    stage, s = self.stage, self.stage.config.sampler
     self._step += 1
-    tasks = stage.taskset.next_batch(stage.trainer.spec.sequences)
-    return [
-      demonstration(
-        task,
-        stage.tokenizer,
-        ExperienceId(self._step, i, 0, 0),
-        s.max_prompt_length,
-        s.max_response_length,
-      )
-      for i, task in enumerate(tasks)
-    ]
+    stage = self.stage
+    tasks = stage.taskset.next_batch(stage.tasks_per_step)
+    return stage.given(stage.algorithm.data, tasks, self._step)
 
   def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
     return reduce_metrics([e.metrics for e in experiences])

@@ -23,7 +23,7 @@ from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.config import Config
 from trinity_jax.errors import RunFailed, UserError
-from trinity_jax.experience import Experience
+from trinity_jax.experience import Experience, ExperienceId, Task
 from trinity_jax.explorer.explorer import Explorer
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.launch_order import LaunchOrder
@@ -37,7 +37,7 @@ from trinity_jax.monitor.writers import FILE, make_writers, read_jsonl
 from trinity_jax.schedule import Schedule
 from trinity_jax.source import Demonstrations, Rollouts, Source
 from trinity_jax.synchronizer import Synchronizer
-from trinity_jax.tasks.taskset import load_taskset
+from trinity_jax.tasks.demonstrations import given
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
 from trinity_jax.trainer.trainer import Trainer
 
@@ -82,11 +82,9 @@ class Stage:
     build.check_rows(config, self.mesh)
     self.launch = LaunchOrder(self.mesh)
     self.tokenizer = Tokenizer.load(model_path)
-    self.taskset = load_taskset(
-      config.taskset,
-      seed=config.seed,
-      require=("response",) if self.algorithm.supervised else (),
-    )
+    self.taskset = build.training_taskset(config, self.algorithm)
+    self.experts = build.expert_taskset(config, self.algorithm)
+    self._texts = build.held_out_texts(config, self.algorithm)
     self.model = hf.load_config(model_path)
     build.check_lag(config, self.algorithm)
 
@@ -141,6 +139,8 @@ class Stage:
       )
     self.trainer.load_state(state)
     self.taskset.restore(meta["taskset"])
+    if self.experts is not None:
+      self.experts.restore(meta["experts"])
     self._start = step
     changed = changed_terms(meta["terms"], terms_of_exactness(self.mesh))
     if changed:
@@ -167,6 +167,8 @@ class Stage:
       self.trainer.warmup()
       source = stack.enter_context(self._source())
       warm_at = min(self.start + WARMUP_STEPS, total)
+      if not self.start:
+        self._evaluate_texts(0)
       self.timeline.step()  # set-up belongs to no step
       for step in range(self.start + 1, total + 1):
         with self.timeline.span("wait_for_batch"):
@@ -198,6 +200,7 @@ class Stage:
     metrics |= self._machine_metrics(experiences)
     self.writers.write(step, metrics)
     self.progress.update(step, total, metrics, samples(experiences, c.monitor.samples))
+    self._evaluate_texts(step)
     if step % c.trainer.save_interval == 0 or step == total:
       with self.timeline.span("checkpoint"):
         self._save(step)
@@ -208,6 +211,30 @@ class Stage:
     if self.algorithm.supervised:  # only evaluation looks
       return bool(self.config.eval.interval) and step % self.config.eval.interval == 0
     return self.schedule.publishes(step)
+
+  def _evaluate_texts(self, step: int) -> None:
+    """The loss of the held-out texts, at the steps of evaluation and at the end."""
+    e = self.config.eval
+    last = step == self.config.trainer.total_steps
+    due = last or (e.interval and step % e.interval == 0 and (step or e.on_start))
+    if not self._texts or not due:
+      return
+    with self.timeline.span("eval"):
+      metrics = self.trainer.held_out_loss(
+        self.given(self.algorithm.data, self._texts, step)
+      )
+    self.writers.write(step, metrics)
+    self.progress.update(step, self.config.trainer.total_steps, metrics, [])
+
+  def given(
+    self, data: str, tasks: Sequence[Task], step: int, first: int = 0
+  ) -> list[Experience]:
+    """Given texts as experiences of a step; the tasks are numbered from `first`."""
+    return [
+      e
+      for i, task in enumerate(tasks, first)
+      for e in given(data, task, self.tokenizer, ExperienceId(step, i, 0, 0), self.config.sampler)
+    ]
 
   def _machine_metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
     """Wall-time split, throughput, memory, compilations."""
@@ -230,6 +257,7 @@ class Stage:
       "version": step,
       "seed": self.config.seed,
       "taskset": self._cursor_after(step),
+      "experts": None if self.experts is None else self.experts.state(),
       "terms": terms_of_exactness(self.mesh),
     }
     was_warm = self.compiles.warm
@@ -247,8 +275,7 @@ class Stage:
 
   @property
   def tasks_per_step(self) -> int:
-    c = self.config
-    return self.trainer.spec.sequences if self.algorithm.supervised else c.explorer.batch_size
+    return build.tasks_per_step(self.config, self.algorithm)
 
   def save_model(self) -> Path:
     """Writes the current parameters as a Hugging Face folder."""
@@ -301,6 +328,7 @@ class Stage:
       grade=grade,
       span=self.timeline.span,
       on_eval=self.on_eval,
+      greedy_first=self.algorithm.needs_greedy,
       evaluated=self._evaluated,
     )
     kind = Demonstrations if self.algorithm.supervised else Rollouts

@@ -106,7 +106,7 @@ def test_other_digits_and_extreme_hold_outs(digits, held_out):
 @pytest.mark.parametrize(
   "args, message",
   [
-    ({"split": "train"}, "split 'train': expected one of eval, rl, sft"),
+    ({"split": "train"}, "split 'train': expected one of eval, preferences, rl, sft, text"),
     ({"split": "rl", "digits": 0}, "digits = 0: expected 1 to 6"),
     ({"split": "rl", "digits": 1}, "held_out = 200: expected 1 to 27, half of the 55 pairs"),
     ({"split": "rl", "held_out": 0}, "held_out = 0"),

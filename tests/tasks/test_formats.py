@@ -90,7 +90,7 @@ def test_structured_truths_are_json():
     ({"question": "x", "answer": "y"}, {}, "no field 'prompt'; known: answer, question"),
     ({"prompt": ""}, {}, "prompt = '': expected a non-empty text"),
     ({"prompt": 3}, {}, "prompt = 3: expected a non-empty text"),
-    ({"prompt": "x", "response": 3}, {}, "response = 3: expected the demonstration as text"),
+    ({"prompt": "x", "response": 3}, {}, "response = 3: expected text"),
     ({"m": []}, {"messages_key": "m"}, r"m = \[\]: expected a non-empty list"),
     ({"m": "hello"}, {"messages_key": "m"}, "m = 'hello': expected a non-empty list"),
     ({"m": [{"role": "user"}]}, {"messages_key": "m"}, r"m\[0\] = .*expected {\"role\""),

@@ -94,11 +94,11 @@ POLICY = train.Policy(MODEL, unroll=1)
 
 @functools.cache
 def grads_program(algorithm_name, mesh):
-  """jitted (params, batch, weights) -> loss_and_grads; the aggregation is in the weights."""
+  """jitted (params, batch, whole) -> loss_and_grads; the aggregation is in the weights."""
   algorithm = algorithm_of(algorithm_name)
 
-  def run(params, batch, weights):
-    return train.loss_and_grads(params, POLICY, algorithm, batch, weights, 0)
+  def run(params, batch, whole):
+    return train.loss_and_grads(params, POLICY, algorithm, batch, whole, 0)
 
   del mesh  # one cache entry per mesh: jit would recompile anyway
   # Half the compile time; what is compared are our splits, not LLVM's passes.
@@ -124,11 +124,12 @@ def whole_step(experiences, spec, *, name="grpo", aggregation="token-mean", mesh
   mesh = mesh or mesh_of(1, 1, 1)
   packed = pack_with_reference(experiences, spec)
   batch = jax.device_put(packed, train.batch_shardings(packed, mesh))
-  batch, weights, _ = prepare_program(name, aggregation)(batch)
-  loss, grads, out, logprobs = grads_program(name, mesh)(params_on(mesh), batch, weights)
+  batch, whole, _ = prepare_program(name, aggregation)(batch)
+  loss, grads, out, logprobs = grads_program(name, mesh)(params_on(mesh), batch, whole)
   return SimpleNamespace(
     loss=float(loss), grads=jax.device_get(grads), stats=out, batch=jax.device_get(batch),
-    weights=np.asarray(weights), logprobs=np.asarray(logprobs), packed=packed,
+    whole=jax.device_get(whole), weights=np.asarray(whole["weights"]),
+    logprobs=np.asarray(logprobs), packed=packed,
   )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -117,7 +118,7 @@ def test_another_shape_is_refused_by_name(tmp_path, make_state):
   checkpoints, state = Checkpointer(tmp_path, keep=2), make_state()
   checkpoints.save(1, state, {})
   params = {**state.params, "embed": np.zeros((128, 32), np.float32)}
-  like = type(state)(params, state.opt_state, state.step, state.nonfinite, state.skipped)
+  like = dataclasses.replace(state, params=params)
   with pytest.raises(UserError, match=r"params\.embed: \(64, 32\) in the checkpoint, \(128, 32\)"):
     checkpoints.restore(1, like)
   with pytest.raises(UserError, match="does not fit this run's model or optimizer.*opt_state"):

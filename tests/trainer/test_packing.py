@@ -70,7 +70,7 @@ def test_every_token_exactly_once(lengths, rows, row_lengths):
   for name, empty in (("tokens", 0), ("positions", 0), ("action_mask", False), ("logprobs", 0),
                       ("versions", -1), ("sequence_index", 0)):  # fmt: skip
     assert (getattr(b, name)[~live] == empty).all(), name
-  assert not b.advantages.any() and not b.ref_logprobs.any()
+  assert not b.ref_logprobs.any()
   assert b.num_tokens == sum(e.num_actions for e in experiences) == b.action_mask.sum()
   full = int(live.any(-1).sum())
   assert b.num_micro == -(-full // rows)

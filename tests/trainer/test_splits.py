@@ -32,15 +32,15 @@ SPLITS = {
 SFT_SPLITS = ("2 x 2 x 2 devices",)
 
 
-def per_token(batch, weights, name, logprobs, entropies):
+def per_token(batch, whole, name, logprobs, entropies):
   """The step's terms weight * token loss in float64, from their definitions alone."""
-  mask = batch.action_mask
+  mask, weights = batch.action_mask, whole["weights"]
   lp, old, ref = (np.where(mask, x, 0).astype(np.float64)
                   for x in (logprobs, batch.logprobs, batch.ref_logprobs))  # fmt: skip
   if name == "sft":
     terms = -lp
   else:
-    a = np.where(mask, batch.advantages, 0).astype(np.float64)
+    a = np.where(mask, whole["advantages"], 0).astype(np.float64)
     ratio = np.exp(np.clip(lp - old, -20, 20))
     policy = np.maximum(-a * ratio, -a * np.clip(ratio, 0.8, 1.2))
     policy = np.where(a < 0, np.minimum(policy, -a * 3.0), policy)
@@ -108,7 +108,7 @@ def test_splits(tools, reference, name, split):
     b = tools.whole_step(
       experiences, spec, name=name, aggregation=aggregation, mesh=tools.mesh_of(*mesh)
     )
-    scale = np.abs(per_token(a.batch, a.weights, name, a.logprobs, 4.2)).sum()
+    scale = np.abs(per_token(a.batch, a.whole, name, a.logprobs, 4.2)).sum()
     assert abs(a.loss - b.loss) <= 1e-5 * scale, aggregation
     assert_same_grads(b.grads, a.grads)
     stats_a, stats_b = (jax.device_get(train.stats.finish(x.stats)) for x in (a, b))
@@ -180,7 +180,7 @@ def test_loss_from_its_definition(tools, reference, aggregation):
       "seq-mean-token-sum-norm": loss.sum() / tools.MAX_RESPONSE,
       "token-sum": loss.sum(),
     }[aggregation]
-  scale = np.abs(per_token(x.batch, x.weights, "grpo", x.logprobs, 4.2)).sum()
+  scale = np.abs(per_token(x.batch, x.whole, "grpo", x.logprobs, 4.2)).sum()
   assert abs(x.loss - total) <= 1e-5 * scale
 
 
@@ -210,7 +210,7 @@ def test_gradient_against_torch(tools, tmp_path):
   )
   advantage = {
     int(i): float(a) for i, a in zip(x.batch.sequence_index[x.batch.action_mask],
-                                     x.batch.advantages[x.batch.action_mask])
+                                     x.whole["advantages"][x.batch.action_mask])
   }  # fmt: skip
   tokens = sum(e.num_actions for e in experiences)
   loss = torch.zeros((), dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_gradient_against_torch(tools, tmp_path):
     loss = loss + (policy + 0.1 * kl - 0.02 * entropy).sum() / tokens
   loss.backward()
   assert abs(loss.item() - x.loss) <= 1e-5 * np.abs(
-    per_token(x.batch, x.weights, "grpo", x.logprobs, 4.2)
+    per_token(x.batch, x.whole, "grpo", x.logprobs, 4.2)
   ).sum()
   want = {name: p.grad.numpy() for name, p in model.named_parameters()}
   whole = np.sqrt(sum(np.sum(g**2) for g in want.values()))
@@ -261,7 +261,7 @@ def _stepped(tools, spec, mesh, optimizer):
     max_response=tools.MAX_RESPONSE,
   )
   batch = jax.device_put(packed, train.batch_shardings(packed, mesh))
-  state, out = program(state, batch)
+  state, out = program(state, batch, np.int32(1))
   return state, out
 
 
@@ -337,14 +337,16 @@ def test_half_a_batch_runs_half_the_loop(tools):
 def _with_garbage(tools, batch):
   """Loss and gradient when every token of the dead micro-batches is a NaN that counts."""
   live, mesh = int(batch.num_micro), tools.mesh_of(1, 1, 1)
-  clean, weights, _ = jax.device_get(tools.prepare_program("grpo", "token-mean")(batch))
+  clean, whole, _ = jax.device_get(tools.prepare_program("grpo", "token-mean")(batch))
   spoil = {}
-  for name in ("logprobs", "advantages", "ref_logprobs"):
+  for name in ("logprobs", "ref_logprobs"):
     spoil[name] = np.array(getattr(clean, name))
     spoil[name][live:] = np.nan
-  mask, weights = np.array(clean.action_mask), np.array(weights)
-  mask[live:], weights[live:] = True, np.nan
+  mask, whole = np.array(clean.action_mask), {k: np.array(v) for k, v in whole.items()}
+  mask[live:] = True
+  for array in whole.values():
+    array[live:] = np.nan
   dirty = dataclasses.replace(clean, action_mask=mask, **spoil)
   dirty = jax.device_put(dirty, train.batch_shardings(dirty, mesh))
-  loss, grads, *_ = tools.grads_program("grpo", mesh)(tools.params_on(mesh), dirty, weights)
+  loss, grads, *_ = tools.grads_program("grpo", mesh)(tools.params_on(mesh), dirty, whole)
   return float(loss), jax.device_get(grads)

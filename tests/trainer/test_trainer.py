@@ -18,9 +18,10 @@ from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.monitor.compiles import CompileCounter
 from trinity_jax.monitor.metrics import undocumented
 from trinity_jax.trainer import step as train
+from trinity_jax.trainer.mismatch import mismatch, packing_metrics
 from trinity_jax.trainer.optimizer import learning_rate
 from trinity_jax.trainer.packing import PackSpec, pack
-from trinity_jax.trainer.trainer import Trainer, mismatch, pack_spec, packing_metrics
+from trinity_jax.trainer.trainer import Trainer, pack_spec
 
 
 def make_trainer(tools, *, published, row_lengths, mesh=(1, 1, 1), **sets):
@@ -64,7 +65,7 @@ def _nothing_published():
 
 
 def test_one_program_per_row_length_and_none_later(tools, trainer):
-  assert sorted(trainer._steps) == sorted(trainer._scores) == [16, 40]
+  assert sorted(trainer._programs) == [16, 40]
   before = jax.tree.leaves(trainer.state)
   start, lengths = trainer.step_number, set()
   with CompileCounter() as compiles:
@@ -176,10 +177,10 @@ def test_a_step_that_does_not_fit(tools, trainer):
 
 
 def test_pack_spec_of_a_config(tools, trainer):
-  assert pack_spec(trainer.config) == PackSpec((16, 40), 4, 12)
+  assert pack_spec(trainer.config, trainer.algorithm) == PackSpec((16, 40), 4, 12)
   other = dataclasses.replace(trainer.config.trainer, row_lengths=(), batch_size=6)
   c = dataclasses.replace(trainer.config, trainer=other)
-  assert pack_spec(c) == PackSpec((16,), 4, 6)  # longest prompt + longest response
+  assert pack_spec(c, make("grpo")) == PackSpec((16,), 4, 6)  # longest prompt + longest response
 
 
 # --- sampler against trainer ----------------------------------------------------------------------
@@ -231,10 +232,10 @@ def test_older_versions_are_recomputed_with_what_was_published(tools, trainer):
   for i, e in enumerate(experiences):
     e.versions[e.action_mask] = old + i % 2
   packed = pack(experiences, trainer.spec)
-  score = trainer._scores[packed.tokens.shape[-1]]
+  score = trainer._programs[packed.tokens.shape[-1]].logprobs
   batch = jax.device_put(packed, train.batch_shardings(packed, trainer.mesh))
   widened = jax.tree.map(lambda x: x.astype(jnp.float32), KEPT[old])
-  under = [np.asarray(score(p, batch)) for p in (widened, trainer.state.params)]
+  under = [np.asarray(score(p, batch)["logprob"]) for p in (widened, trainer.state.params)]
   assert np.abs(under[0] - under[1]).max() > 1e-3  # they can be told apart
   for i, e in enumerate(experiences):
     at = (packed.sequence_index == i) & packed.action_mask

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from trinity_jax import plugins
 from trinity_jax.algorithms import aggregation, blend, stats
-from trinity_jax.algorithms.advantages import ADVANTAGES, to_tokens
+from trinity_jax.algorithms.advantages import ADVANTAGES, to_tokens, value_targets
 from trinity_jax.algorithms.blend import BLENDS
 from trinity_jax.algorithms.corrections import CORRECTIONS, loglinear
 from trinity_jax.algorithms.entropy import ENTROPIES
@@ -163,6 +163,16 @@ class Algorithm(NamedTuple):
       )
     before = self.policy_loss.before_split(**arrays | {"advantages": advantages})
     return {"advantages": advantages, "weights": weights, **before}, {**out, **found}
+
+  def value_targets(
+    self, *, kl_coef: jax.Array | float | None = None, **arrays: Any
+  ) -> tuple[jax.Array, dict[str, stats.Stat]]:
+    """Returns (X: what a critic's values should be, stats) of the whole step; see before_split."""
+    if self.kl_coef and self.kl_in == "reward":
+      arrays, _ = self._penalised(self.kl_coef if kl_coef is None else kl_coef, arrays)
+    names = ("token_rewards", "values", "mask", "sequence_index", "valid")
+    options = {k: v for k, v in self.advantage.options.items() if k in ("gamma", "lam")}
+    return value_targets(**{k: arrays[k] for k in names}, **options)
 
   def _rollouts(self, arrays: dict[str, Any]) -> dict[str, Any]:
     """Where experts are blended in, they enter no statistic of the rewards."""

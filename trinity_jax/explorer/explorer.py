@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Explorer:
     grade: async (response, task) -> reward components, for training tasks.
     span: timeline.span.
     on_eval: called with (version, metrics, some experiences) after each evaluation.
+    greedy_first: sample the first run of each training group greedily (a baseline).
     evaluated: versions that need no evaluation, an earlier process having booked them.
   """
 
@@ -54,6 +56,7 @@ class Explorer:
     grade: Grade | None,
     span: Callable[[str], contextlib.AbstractContextManager],
     on_eval: Callable[[int, dict[str, float], list[Experience]], None],
+    greedy_first: bool = False,
     evaluated: Container[int] = (),
   ):
     self.config = config
@@ -61,6 +64,7 @@ class Explorer:
     self._schedule, self._synchronizer, self._buffer = schedule, synchronizer, buffer
     self._taskset, self._held_out, self._grade = taskset, held_out, grade
     self._span, self._on_eval, self._evaluated = span, on_eval, evaluated
+    self._greedy_first = greedy_first
     self._evaluated_here: set[int] = set()
     self._version = -1  # last given to the sampler, which takes it at its next dispatch
     self._asked = -1  # the version that the schedule meant, the same except after a resume
@@ -154,12 +158,13 @@ class Explorer:
     c = self.config
 
     def new_model(id: ExperienceId) -> Model:
+      greedy = self._greedy_first and stream == TRAIN_STREAM and id.run == 0
       return Model(
         self._engine.member((stream, *id)),
         self._tokenizer,
         id,
         c.seed,
-        params,
+        dataclasses.replace(params, temperature=0.0) if greedy else params,
         c.sampler.max_prompt_length,
         stream,
         priority=-1 if stream != TRAIN_STREAM and c.eval.first else 0,

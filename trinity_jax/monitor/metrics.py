@@ -126,6 +126,52 @@ _TEXT: dict[str, str] = {
     ratio* | ratio | policy / behaviour probability per token
     advantages* | advantage | advantage per token trained on
     returns* | reward | return per token trained on
+    pg_masked | fraction | tokens that the loss left out
+    pg_sequence_masked | fraction | tokens of sequences that the loss left out
+    sequence_ratio/mean | ratio | policy / behaviour probability of whole sequences, as the loss has it
+    sequence_ratio/max | ratio | its largest
+    dppo/masked | fraction | tokens outside of the trust region and on their way out
+    dppo/masked_high | fraction | of these, upwards
+    dppo/masked_low | fraction | of these, downwards
+    m2po/masked | fraction | tokens left out so that the second moment stays below its bound
+    m2po/second_moment | nats^2 | mean squared log ratio of the tokens kept
+    cov/selected | fraction | tokens picked for their covariance of log-prob and advantage
+    cov/distance | nats | mean |log ratio| of these
+    rec/weight | ratio | mean weight of a token
+    sapo/slope | ratio | mean slope of the soft gate
+    topr/weight | ratio | mean tapered weight of negative sequences
+    topr/weight_min | ratio | its smallest
+    sft/weight | 1 | mean weight of a demonstration's token
+    expert/tokens | tokens | experts' tokens among those trained on
+    dpo/accuracy | fraction | pairs whose chosen response has gained more than the rejected one
+    dpo/margin | nats | beta x (log p/ref of chosen - that of rejected)
+    dpo/chosen | nats | beta x log p/ref of chosen responses
+    dpo/rejected | nats | beta x log p/ref of rejected responses
+    dpo/pairs | pairs | pairs of this step
+    dpo/unpaired | sequences | sequences without a partner; they teach nothing
+    correction/ess | fraction | effective sample size of the weights / tokens
+    correction/k1 | nats/token | k1 KL of the policy that sampled against the proximal one
+    correction/k3 | nats/token | k3 of the same
+    correction/rejected | fraction | tokens whose weight is 0
+    correction/truncated | fraction | tokens whose weight was capped
+    correction/weight_max | ratio | largest weight
+    correction/weight_mean | ratio | mean weight
+    anchored | fraction | sequences that share their environment state with another (GiGPO)
+    entropy_clip/dropped | fraction | tokens dropped for what they would do to the entropy
+    entropy_clip/dropped_negative | fraction | of tokens with a negative advantage
+    teacher_kl | nats/token | KL of the policy that sampled against the teacher
+    critic/returns_mean | reward | what the critic learns to say, mean over tokens
+    critic/values_mean | reward | what it said, mean over tokens
+    critic/explained_variance | fraction | 1 - variance of (returns - values) / variance of returns
+    vf_explained_var | fraction | the same after the update's own values
+    dropped | fraction | sequences dropped by the advantage
+    selected | fraction | sequences learned from (RAFT)
+    eval/loss | nats | loss of the held-out texts (supervised training)
+    kl_coef | 1 | weight of the KL penalty, where it is adapted
+    blend/mu | fraction | the experts' share of the loss in mixed training
+    vf_loss | reward^2 | loss of the critic
+    vf_clipfrac | fraction | tokens whose value loss is clipped
+    critic/grad_norm | norm | gradient norm of the critic before clipping
     grad_norm | norm | global gradient norm before clipping
     update_norm | norm | global norm of the parameter update
     param_norm | norm | global norm of the parameters

@@ -12,8 +12,9 @@ import numpy as np
 
 from trinity_jax.errors import UserError
 
-_ROWS = {"sft": 20_000, "rl": 4096}
-_STREAM = {"eval": 0, "sft": 1, "rl": 2}  # independent random numbers for each split
+_ROWS = {"sft": 20_000, "rl": 4096, "text": 20_000, "preferences": 4096}
+# Independent random numbers for each split.
+_STREAM = {"eval": 0, "sft": 1, "rl": 2, "text": 3, "preferences": 4}
 
 
 def generate(
@@ -31,11 +32,14 @@ def generate(
   contains one of them in either order of its operands.
 
   Args:
-    split: "sft" (demonstrations), "rl" (tasks to explore) or "eval" (the held-out pairs).
+    split: "sft" (demonstrations), "rl" (tasks to explore), "text" ({"text": "27+58=85"}),
+      "preferences" (the right answer "chosen", one wrong by the rule or else by one "rejected"), or
+      "eval" (the held-out pairs).
     seed: seed of everything.
     digits: digits of each operand, 1 to 6; no leading zeros.
     wrong_fraction: share of the sft rows whose response follows the wrong rule.
-    rows: rows of a training split, drawn with replacement; 0 means 20,000 for sft, 4,096 for rl.
+    rows: rows of a training split, drawn with replacement; 0 means 20,000 for sft and text, 4,096
+      for the others.
     held_out: number of held-out pairs.
 
   Raises:
@@ -55,6 +59,13 @@ def generate(
     shown = np.where(rng.permutation(wrong), wrong_sum(a, b), a + b)
     for row, response in zip(out, shown.tolist()):
       row["response"] = str(response)
+  if split == "text":
+    return [{"text": row["prompt"] + row["answer"]} for row in out]
+  if split == "preferences":
+    right, wrong = a + b, wrong_sum(a, b)
+    worse = np.where(wrong == right, right + rng.choice([-1, 1], len(out)), wrong)
+    for row, rejected in zip(out, worse.tolist()):
+      row |= {"chosen": row["answer"], "rejected": str(rejected)}
   return out
 
 

@@ -87,9 +87,12 @@ def to_task(row: Row, index: int, config: TasksetConfig, *, is_eval: bool = Fals
   """
   return Task(
     index=index,
-    messages=_messages(row, config),
+    messages=() if config.text_key else _messages(row, config),
     truth=_truth(row, config.truth_key),
-    response=_response(row, config.response_key),
+    response=_text(row, config.response_key, "response_key"),
+    chosen=_text(row, config.chosen_key, "chosen_key"),
+    rejected=_text(row, config.rejected_key, "rejected_key"),
+    text=_text(row, config.text_key, "text_key") if config.text_key else None,
     taskset=config.name,
     is_eval=is_eval,
     raw=row.data,
@@ -143,13 +146,12 @@ def _truth(row: Row, key: str) -> str:
   return value if isinstance(value, str) else json.dumps(value)
 
 
-def _response(row: Row, key: str) -> str | None:
+def _text(row: Row, key: str, name: str) -> str | None:
   value = row.data.get(key)
   if value is None or isinstance(value, str):
     return value
   raise UserError(
-    f"{row.where}: {key} = {_short(value)}: expected the demonstration as text "
-    "(taskset.response_key names the field)"
+    f"{row.where}: {key} = {_short(value)}: expected text (taskset.{name} names the field)"
   )
 
 

@@ -8,7 +8,7 @@ from trinity_jax.config import SamplerConfig, TasksetConfig
 from trinity_jax.errors import UserError
 from trinity_jax.experience import ExperienceId, Task
 from trinity_jax.models.tokenizer import Tokenizer
-from trinity_jax.tasks.demonstrations import demonstration
+from trinity_jax.tasks.demonstrations import given
 
 SAMPLE = 256  # tasks looked at: about 0.1 s of tokenising
 
@@ -19,13 +19,12 @@ def spread(tasks: Sequence[Task], most: int = SAMPLE) -> list[Task]:
   return [tasks[i * len(tasks) // count] for i in range(count)]
 
 
-def check_demonstrations(
-  tasks: Sequence[Task], tokenizer: Tokenizer, limits: SamplerConfig
+def check_given(
+  data: str, tasks: Sequence[Task], tokenizer: Tokenizer, limits: SamplerConfig
 ) -> None:
-  """Raises UserError, naming the row, when one of a sample of demonstrations does not fit."""
+  """Raises UserError, naming the row, when one of a sample of given texts does not fit."""
   for task in spread(tasks):
-    id = ExperienceId(0, task.index, 0, 0)
-    demonstration(task, tokenizer, id, limits.max_prompt_length, limits.max_response_length)
+    given(data, task, tokenizer, ExperienceId(0, task.index, 0, 0), limits)
 
 
 def check_prompts(

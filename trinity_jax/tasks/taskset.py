@@ -86,7 +86,7 @@ class Taskset:
     """Fingerprint of prompts, truths and demonstrations in order."""
     digest = hashlib.sha256()
     for task in self.tasks:
-      what = [task.messages, task.truth, task.response]
+      what = [task.messages, task.truth, task.response, task.chosen, task.rejected, task.text]
       digest.update(json.dumps(what, default=str).encode())
     return digest.hexdigest()[:16]
 
@@ -105,7 +105,7 @@ def load_taskset(
     seed: the selector's; also the generator's, if it takes a `seed` that `generate_args` does not
       set.
     is_eval: mark the tasks as held-out; their order is that of the rows.
-    require: fields that every task must have: "truth", "response".
+    require: fields that every task must have: truth, response, chosen, rejected, text.
 
   Raises:
     UserError: names the file and line, the value and the fix.
@@ -115,7 +115,7 @@ def load_taskset(
     rows = rows[: config.limit]
   tasks = [to_task(row, i, config, is_eval=is_eval) for i, row in enumerate(rows)]
   for name in require:
-    key = {"truth": config.truth_key, "response": config.response_key}[name]
+    key = getattr(config, f"{name}_key")
     for row, task in zip(rows, tasks):
       if not getattr(task, name):
         raise UserError(

@@ -35,7 +35,7 @@ def decay_mask(specs) -> object:
 
 
 def make_optimizer(
-  config: OptimizerConfig, total_steps: int, specs
+  config: OptimizerConfig, total_steps: int, specs, updates_per_step: int = 1
 ) -> optax.GradientTransformation:
   """Returns clip-by-global-norm followed by AdamW (Loshchilov & Hutter 2019) or SGD.
 
@@ -43,8 +43,12 @@ def make_optimizer(
     config: hyper-parameters.
     total_steps: length of the schedule.
     specs: pytree of ParamSpec, for the weight decay mask.
+    updates_per_step: optax counts updates, the schedule steps.
   """
-  rate = learning_rate(config, total_steps)
+  of_step = learning_rate(config, total_steps)
+  rate = of_step
+  if updates_per_step > 1:
+    rate = lambda count: of_step(count // updates_per_step)
   if config.name == "sgd":
     update = optax.sgd(rate)
   else:

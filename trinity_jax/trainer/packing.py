@@ -13,6 +13,7 @@ import numpy as np
 
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Batch, Experience
+from trinity_jax.trainer.extras import NO_EXTRAS, Extras
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,59 +36,85 @@ class PackSpec:
     return -(-self.sequences // self.rows)
 
 
-def assign_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+def assign_rows(
+  lengths: Sequence[int], row_length: int, together: Sequence[int] | None = None
+) -> list[list[int]]:
   """First-fit decreasing: returns rows as lists of sequence numbers.
 
-  Deterministic (ties keep the order given). Sequences of length 0 get no place.
+  Deterministic (ties keep the order given). Sequences of length 0 get no place. Sequences with
+  equal numbers in `together` (-1: none) share a row, in the order given.
   """
-  order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
+  units = _units(lengths, together)
+  sizes = [sum(lengths[i] for i in unit) for unit in units]
+  order = sorted((u for u, n in enumerate(sizes) if n), key=lambda u: (-sizes[u], units[u]))
   rows: list[list[int]] = []
   free: list[int] = []
-  first_open = 0  # rows before it are full for even the shortest sequence
-  shortest = min((n for n in lengths if n), default=0)
-  for i in order:
-    need = lengths[i]
+  first_open = 0  # rows before it are full for even the shortest
+  shortest = min((n for n in sizes if n), default=0)
+  for u in order:
+    need = sizes[u]
     if need > row_length:
-      raise UserError(f"sequence {i} has {need} tokens, more than the row length {row_length}")
+      what = f"sequence {units[u][0]} has" if len(units[u]) == 1 else f"pair {units[u]} has"
+      raise UserError(f"{what} {need} tokens, more than the row length {row_length}")
+    members = [i for i in units[u] if lengths[i]]
     while first_open < len(free) and free[first_open] < shortest:
       first_open += 1
     for r in range(first_open, len(free)):
       if free[r] >= need:
-        rows[r].append(i)
+        rows[r] += members
         free[r] -= need
         break
     else:
-      rows.append([i])
+      rows.append(members)
       free.append(row_length - need)
   return rows
 
 
-def choose_row_length(lengths: Sequence[int], spec: PackSpec) -> tuple[int, list[list[int]]]:
+def _units(lengths: Sequence[int], together: Sequence[int] | None) -> list[list[int]]:
+  """Sequences that share a row, as lists."""
+  if together is None:
+    return [[i] for i in range(len(lengths))]
+  units: dict[Any, list[int]] = {}
+  for i, number in enumerate(together):
+    units.setdefault(("alone", i) if number < 0 else number, []).append(i)
+  return list(units.values())
+
+
+def choose_row_length(
+  lengths: Sequence[int], spec: PackSpec, together: Sequence[int] | None = None
+) -> tuple[int, list[list[int]]]:
   """Picks the declared T with the least padded work (micro-batches x T; ties: the shorter rows,
   whose attention is cheaper) and the rows it gives."""
-  longest = max(lengths, default=0)
+  units = _units(lengths, together)
+  longest = max((sum(lengths[i] for i in unit) for unit in units), default=0)
   fitting = [t for t in sorted(spec.row_lengths) if t >= longest]
   if not fitting:
+    what = "an experience" if together is None else "a preference pair"
     raise UserError(
-      f"an experience of {longest} tokens does not fit trainer.row_lengths={spec.row_lengths}; "
+      f"{what} of {longest} tokens does not fit trainer.row_lengths={spec.row_lengths}; "
       f"add a length of at least {longest}"
     )
-  plans = [(t, assign_rows(lengths, t)) for t in fitting]
+  plans = [(t, assign_rows(lengths, t, together)) for t in fitting]
   return min(plans, key=lambda p: (-(-len(p[1]) // spec.rows) * p[0], p[0]))
 
 
 def pack(
-  experiences: Sequence[Experience], spec: PackSpec, pairs: Sequence[int] | None = None
+  experiences: Sequence[Experience],
+  spec: PackSpec,
+  pairs: Sequence[int] | None = None,
+  extras: Extras = NO_EXTRAS,
 ) -> Batch:
   """Packs experiences into one `Batch` of numpy arrays.
 
   Args:
     experiences: at most spec.sequences; failed ones (no tokens) only fill their [N] entries.
     spec: declared shapes.
-    pairs: pair number of each experience (preference data); -1 where there is none.
+    pairs: pair number of each experience (preference data), -1 where there is none; the members of
+      a pair share a row, so that no split parts them.
+    extras: which arrays besides the fixed ones the algorithm reads.
 
   Returns:
-    Batch with numpy leaves; advantages and ref_logprobs are zeros.
+    Batch with numpy leaves; ref_logprobs and what extras call filled are zeros.
 
   Raises:
     UserError: too many experiences, one longer than every row length, or one whose first token
@@ -100,7 +127,7 @@ def pack(
   for e in experiences:
     if len(e.tokens) and e.action_mask[0]:
       raise UserError(f"experience {e.id}: its first token is an action; give it a prompt token")
-  row_length, rows = choose_row_length([len(e.tokens) for e in experiences], spec)
+  row_length, rows = choose_row_length([len(e.tokens) for e in experiences], spec, pairs)
   shape = (spec.micros * spec.rows, row_length)
   fields: dict[str, Any] = {
     "tokens": np.zeros(shape, np.int32),
@@ -109,10 +136,10 @@ def pack(
     "action_mask": np.zeros(shape, np.bool_),
     "logprobs": np.zeros(shape, np.float32),
     "versions": np.full(shape, -1, np.int32),
-    "advantages": np.zeros(shape, np.float32),
     "ref_logprobs": np.zeros(shape, np.float32),
     "sequence_index": np.zeros(shape, np.int32),
   }
+  more = {name: np.zeros(shape, np.float32) for name in (*extras.tokens, *extras.filled)}
   for r, members in enumerate(rows):
     start = 0
     for segment, i in enumerate(members, 1):
@@ -120,14 +147,19 @@ def pack(
       at = np.s_[r, start : start + len(e.tokens)]
       for name in ("tokens", "action_mask", "logprobs", "versions"):
         fields[name][at] = getattr(e, name)
+      for name, read in extras.tokens.items():
+        more[name][at] = read(e)
       fields["positions"][at] = np.arange(len(e.tokens))
       fields["segment_ids"][at] = segment
       fields["sequence_index"][at] = i
       start += len(e.tokens)
   micro_shape = (spec.micros, spec.rows, row_length)
   fields = {k: v.reshape(micro_shape) for k, v in fields.items()}
+  more = {k: v.reshape(micro_shape) for k, v in more.items()}
+  more |= {k: read(experiences, spec.sequences) for k, read in extras.sequences.items()}
   return Batch(
     **fields,
+    extras=more,
     **_sequence_fields(experiences, spec.sequences, pairs),
     num_micro=np.int32(-(-len(rows) // spec.rows)),
     num_tokens=np.int32(fields["action_mask"].sum()),

@@ -22,6 +22,8 @@ class TrainState:
     step: i32[], optimizer steps taken (skipped ones count: a step is a batch consumed).
     nonfinite: i32[], steps in a row whose loss or gradient was not finite.
     skipped: i32[], such steps so far; step - skipped updates have been applied.
+    kl_coef: f32[], weight of the KL penalty where it is adapted.
+    critic: critic.CriticState, or None for algorithms without one.
   """
 
   params: Any
@@ -29,15 +31,20 @@ class TrainState:
   step: Any
   nonfinite: Any
   skipped: Any
+  kl_coef: Any
+  critic: Any = None
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(
+  params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, kl_coef: float = 0.0
+) -> TrainState:
   """Builds the state of step 0 on the mesh; `params` are sharded arrays and become the state's."""
   shardings = jax.tree.map(lambda p: p.sharding, params)
 
   def build(params):
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(params, optimizer.init(params), zero, zero, zero)
+    coef = jnp.asarray(kl_coef, jnp.float32)
+    return TrainState(params, optimizer.init(params), zero, zero, zero, coef)
 
   out = state_shardings(jax.eval_shape(build, params), shardings, optimizer, mesh)
   return jax.jit(build, out_shardings=out)(params)
@@ -48,11 +55,19 @@ def state_shardings(
 ) -> TrainState:
   """Shardings of a TrainState: moments like their parameters, everything else replicated."""
   replicated = NamedSharding(mesh, PartitionSpec())
-  opt = optax.tree_utils.tree_map_params(
+  opt = opt_shardings(abstract.opt_state, shardings, optimizer, mesh)
+  return TrainState(shardings, opt, *[replicated] * 4)
+
+
+def opt_shardings(
+  opt_state: Any, shardings: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Any:
+  """Shardings of an optimizer's state: moments like their parameters, the rest replicated."""
+  replicated = NamedSharding(mesh, PartitionSpec())
+  return optax.tree_utils.tree_map_params(
     optimizer,
     lambda _, s: s,
-    abstract.opt_state,
+    opt_state,
     shardings,
     transform_non_params=lambda _: replicated,
   )
-  return TrainState(shardings, opt, replicated, replicated, replicated)

@@ -8,8 +8,9 @@ Axis letters: M micro-batches, B rows, T row length, N sequences, D model width,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +18,16 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trinity_jax import ops
-from trinity_jax.algorithms import aggregation, stats
-from trinity_jax.algorithms.advantages import advantage_stats, to_tokens
+from trinity_jax.algorithms import stats
+from trinity_jax.algorithms.advantages import advantage_stats
 from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax.algorithms.kl_control import adapt
 from trinity_jax.experience import Batch
-from trinity_jax.models import transformer
-from trinity_jax.models.presets import ModelConfig
+from trinity_jax.trainer.arrays import of_micro_batch, whole_step
+from trinity_jax.trainer.scoring import Policy, token_logprobs, token_loss
 from trinity_jax.trainer.state import TrainState
 
 ROWS = PartitionSpec(None, ("data", "fsdp"), None)
-
-
-class Policy(NamedTuple):
-  """How to evaluate the decoder in a train step: architecture, dtype, remat, unroll."""
-
-  config: ModelConfig
-  dtype: Any = jnp.float32
-  remat: str = "none"
-  unroll: int | None = None
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
@@ -47,136 +39,64 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
   return jax.tree.map(one, batch)
 
 
-def token_logprobs(params, policy: Policy, tokens, positions, segment_ids, mask, temperature):
-  """Log-prob and entropy of every masked token given what precedes it in its segment.
-
-  Args:
-    tokens, positions, segment_ids: i32[B, T].
-    mask: bool[B, T], tokens wanted (never the first of a segment).
-    temperature: f32[B, T], the distribution is softmax(logits / temperature).
-
-  Returns:
-    (logprob f32[B, T], entropy f32[B, T]), 0 where not masked.
-  """
-  hidden = transformer.forward(
-    params,
-    policy.config,
-    tokens,
-    positions,
-    segment_ids,
-    dtype=policy.dtype,
-    remat=policy.remat,
-    unroll=policy.unroll,
-  )
-  # The hidden state at t - 1 predicts the token at t.
-  before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
-  flat = lambda x: x.reshape(-1)
-  logprob, entropy, _ = ops.linear_logprob(
-    before.reshape(-1, before.shape[-1]),
-    transformer.output_weight(params, policy.config),
-    flat(tokens),
-    flat(mask),
-    flat(temperature),
-  )
-  return logprob.reshape(tokens.shape), entropy.reshape(tokens.shape)
-
-
-def _micro(batch: Batch, m) -> dict[str, jax.Array]:
-  """The token fields of micro-batch m, [B, T] each."""
-  pick = lambda x: lax.dynamic_index_in_dim(x, m, 0, keepdims=False)
-  out = {k: pick(getattr(batch, k)) for k in Batch.TOKEN_FIELDS}
-  out |= {k: pick(v) for k, v in batch.extras.items() if v.ndim == 3}
-  out["temperature"] = batch.temperature[out["sequence_index"]]
-  return out
-
-
-def score(params, policy: Policy, batch: Batch) -> jax.Array:
-  """Log-probs f32[M, B, T] of the batch's action tokens under `params` (0 elsewhere)."""
-
-  def body(m, out):
-    x = _micro(batch, m)
-    logprob, _ = token_logprobs(
-      params, policy, x["tokens"], x["positions"], x["segment_ids"], x["action_mask"],
-      x["temperature"],
-    )  # fmt: skip
-    return lax.dynamic_update_index_in_dim(out, logprob, m, 0)
-
-  return lax.fori_loop(0, batch.num_micro, body, jnp.zeros(batch.tokens.shape, jnp.float32))
-
-
-def prepare(algorithm: Algorithm, batch: Batch, *, num_groups: int, max_response: int):
-  """What needs the whole step: advantages, token weights (global denominators), metrics.
+def prepare(
+  algorithm: Algorithm,
+  batch: Batch,
+  *,
+  num_groups: int,
+  max_response: int,
+  step: Any = 0,
+  seed: int = 0,
+  kl_coef: Any = None,
+):
+  """What needs the whole step, before the split.
 
   Args:
     num_groups: static, most groups of a step.
     max_response: the constant length of the aggregation seq-mean-token-sum-norm. Not the row
       length: that is chosen step by step, and no choice of shapes may change a loss.
+    step, seed: number of the step and the run's seed, for what draws at random.
+    kl_coef: of a KL penalty in the reward; None means the algorithm's.
 
   Returns:
-    (batch with advantages, weights f32[M, B, T], stats)
+    (batch, {"advantages", "weights" and the loss's companions: f32[M, B, T]}, stats)
   """
   if algorithm.prepare is not None:
     arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     batch = Batch(**algorithm.prepare(arrays))
-  advantages, out = algorithm.advantage(
-    rewards=batch.rewards,
-    group_ids=batch.group,
-    valid=batch.valid,
+  whole, out = algorithm.before_split(
     num_groups=num_groups,
-    mask=batch.action_mask,
-    old_logprob=batch.logprobs,
-    ref_logprob=batch.ref_logprobs,
-    sequence_index=batch.sequence_index,
-    num_sequences=batch.rewards.shape[0],
-    **batch.extras,
+    max_length=max_response,
+    kl_coef=kl_coef,
+    **whole_step(batch, num_groups, step=step, key=_step_key(seed, step)),
   )
-  advantages = to_tokens(advantages, batch.action_mask, batch.sequence_index)
-  batch = dataclasses.replace(batch, advantages=advantages)
-  weights = aggregation.weights(
-    batch.action_mask,
-    batch.sequence_index,
-    batch.rewards.shape[0],
-    algorithm.aggregation,
-    max_response,
-    valid=batch.valid,
-  )
-  return batch, weights, {**out, **advantage_stats(advantages, batch.action_mask)}
+  out = {**out, **advantage_stats(whole["advantages"], batch.action_mask)}
+  return batch, whole, out
 
 
-def loss_and_grads(params, policy: Policy, algorithm: Algorithm, batch: Batch, weights, step):
+def _step_key(seed: int, step: Any) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def loss_and_grads(
+  params, policy: Policy, algorithm: Algorithm, batch: Batch, whole, step, kl_coef=None
+):
   """Loss and gradient of the whole step, summed over live micro-batches.
+
+  Args:
+    whole: from `prepare`.
+    kl_coef: of a KL term in the loss; None means the algorithm's.
 
   Returns:
     (loss f32[], grads, stats of the whole step, logprobs f32[M, B, T])
   """
 
-  def micro_loss(params, x, w):
-    logprob, entropy = token_logprobs(
-      params, policy, x["tokens"], x["positions"], x["segment_ids"], x["action_mask"],
-      x["temperature"],
-    )  # fmt: skip
-    extras = {k: x[k] for k in batch.extras if k in x}
-    loss, out = algorithm.loss(
-      w,
-      logprob=logprob,
-      entropy=entropy,
-      mask=x["action_mask"],
-      old_logprob=x["logprobs"],
-      ref_logprob=x["ref_logprobs"],
-      advantages=x["advantages"],
-      sequence_index=x["sequence_index"],
-      num_sequences=batch.rewards.shape[0],
-      step=step,
-      **extras,
-    )
-    return loss, (out, logprob)
-
+  micro_loss, arrays = _of_micro_batches(policy, algorithm, batch, whole, step, kl_coef)
   grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
 
   def body(m, carry):
     loss, grads, total, logprobs = carry
-    w = lax.dynamic_index_in_dim(weights, m, 0, keepdims=False)
-    (part, (out, logprob)), g = grad_fn(params, _micro(batch, m), w)
+    (part, (out, logprob)), g = grad_fn(params, arrays(m))
     return (
       loss + part,
       jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, g),
@@ -184,7 +104,7 @@ def loss_and_grads(params, policy: Policy, algorithm: Algorithm, batch: Batch, w
       lax.dynamic_update_index_in_dim(logprobs, logprob, m, 0),
     )
 
-  (_, (out, _)), grads = jax.eval_shape(grad_fn, params, _micro(batch, 0), weights[0])
+  (_, (out, _)), grads = jax.eval_shape(grad_fn, params, arrays(0))
   start = (
     jnp.zeros((), jnp.float32),
     jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.promote_types(g.dtype, jnp.float32)), grads),
@@ -194,56 +114,122 @@ def loss_and_grads(params, policy: Policy, algorithm: Algorithm, batch: Batch, w
   return lax.fori_loop(0, batch.num_micro, body, start)
 
 
+def _of_micro_batches(policy, algorithm: Algorithm, batch: Batch, whole, step, kl_coef):
+  """(params, arrays -> (share of the loss, (stats, logprob [B, T])), m -> arrays)."""
+
+  def micro_loss(params, x):
+    x = dict(x)
+    where = [x.pop(k) for k in ("tokens", "positions", "segment_ids")]
+    temperature = x.pop("temperature")
+    loss_of = functools.partial(algorithm.loss, num_sequences=batch.rewards.shape[0])
+    if not algorithm.token_level:
+      logprob, entropy = token_logprobs(params, policy, *where, x["mask"], temperature)
+      loss, out = loss_of(**x, logprob=logprob, entropy=entropy)
+      return loss, (out, logprob)
+    # A token's gradient is known with its log-prob: the logits need not be computed twice.
+    loss, logprob, entropy = token_loss(params, policy, *where, temperature, algorithm, x)
+    _, out = loss_of(**x, logprob=logprob, entropy=entropy)
+    return loss, (out, logprob)
+
+  def arrays(m):
+    x = of_micro_batch(batch, whole, m, step=step, kl_coef=kl_coef)
+    del x["num_sequences"]  # static
+    return x
+
+  return micro_loss, arrays
+
+
+def held_out(
+  params, batch: Batch, *, policy: Policy, algorithm: Algorithm, num_groups: int, max_response: int
+) -> dict[str, jax.Array]:
+  """Metrics of a batch that is not learned from; the keywords as for `train_step`."""
+  batch, whole, before = prepare(
+    algorithm, batch, num_groups=num_groups, max_response=max_response
+  )
+  micro_loss, arrays = _of_micro_batches(policy, algorithm, batch, whole, 0, None)
+
+  def body(m, total):
+    return stats.merge(total, micro_loss(params, arrays(m))[1][0])
+
+  out = jax.eval_shape(lambda: micro_loss(params, arrays(0)))[1][0]
+  during = lax.fori_loop(0, batch.num_micro, body, stats.neutral(out))
+  return stats.finish({**before, **during})
+
+
 def train_step(
   state: TrainState,
   batch: Batch,
+  advance: Any = 1,
   *,
   policy: Policy,
   algorithm: Algorithm,
   optimizer: optax.GradientTransformation,
   num_groups: int,
   max_response: int,
+  seed: int = 0,
+  frozen_steps: int = 0,
+  kl_target: float = 0.0,
+  kl_horizon: int = 10000,
 ) -> tuple[TrainState, dict[str, Any]]:
-  """One optimizer step; the keywords are static, see `prepare`.
+  """One update of the parameters; the keywords are static, see `prepare`.
 
-  A non-finite loss or gradient leaves params and optimizer as they were and is counted.
+  `advance` is what it adds to the number of the step: 0 where a step has more updates to come.
+
+  A non-finite loss or gradient leaves params and optimizer as they were and is counted; so do the
+  first `frozen_steps` steps, which are not counted. With a `kl_target` state.kl_coef follows the
+  step's KL.
 
   Returns:
     (new state, {"metrics": dict of f32 scalars, "logprobs": f32[M, B, T] under the old params,
     "advantages": f32[M, B, T]})
   """
-  batch, weights, before = prepare(
-    algorithm, batch, num_groups=num_groups, max_response=max_response
+  kl_coef = state.kl_coef if kl_target else None
+  batch, whole, before = prepare(
+    algorithm,
+    batch,
+    num_groups=num_groups,
+    max_response=max_response,
+    step=state.step,
+    seed=seed,
+    kl_coef=kl_coef,
   )
   loss, grads, during, logprobs = loss_and_grads(
-    state.params, policy, algorithm, batch, weights, state.step
+    state.params, policy, algorithm, batch, whole, state.step, kl_coef
   )
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  keep = lambda new, old: jnp.where(finite, new, old)
+  learns = finite & (state.step >= frozen_steps)
+  keep = lambda new, old: jnp.where(learns, new, old)
   params = jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params)
-  new_state = TrainState(
+  metrics = stats.finish({**before, **during})
+  coef = state.kl_coef
+  if kl_target:
+    coef = adapt(coef, metrics["kl"], batch.num_sequences, target=kl_target, horizon=kl_horizon)
+    metrics["kl_coef"] = state.kl_coef
+  new_state = dataclasses.replace(
+    state,
     params=params,
     opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-    step=state.step + 1,
+    step=state.step + advance,
     nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
     skipped=state.skipped + ~finite,
+    kl_coef=jnp.where(finite, coef, state.kl_coef),
   )
   metrics = {
-    **stats.finish({**before, **during}),
+    **metrics,
     "grad_norm": grad_norm,
-    "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+    "update_norm": jnp.where(learns, optax.tree.norm(updates), 0.0),
     "nonfinite_steps": new_state.nonfinite.astype(jnp.float32),
     "loss/nan_count": new_state.skipped.astype(jnp.float32),
   }
-  return new_state, {"metrics": metrics, "logprobs": logprobs, "advantages": batch.advantages}
+  return new_state, {"metrics": metrics, "logprobs": logprobs, "advantages": whole["advantages"]}
 
 
 def compile_step(
   mesh: Mesh, shardings: TrainState, batch: Batch, **static
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Any]]]:
   """`jax.jit` of `train_step` with explicit shardings and a donated state.
 
   Args:
@@ -254,8 +240,8 @@ def compile_step(
   replicated = NamedSharding(mesh, PartitionSpec())
   rows = NamedSharding(mesh, ROWS)
   return jax.jit(
-    lambda state, batch: train_step(state, batch, **static),
-    in_shardings=(shardings, batch_shardings(batch, mesh)),
+    lambda state, batch, advance: train_step(state, batch, advance, **static),
+    in_shardings=(shardings, batch_shardings(batch, mesh), replicated),
     out_shardings=(
       shardings,
       {"metrics": replicated, "logprobs": rows, "advantages": rows},
