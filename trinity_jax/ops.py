@@ -18,7 +18,13 @@ try:
     cached as _cached,
   )
   from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
+    cudnn as _attention_cudnn,
+  )
+  from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
     reference as _attention_reference,
+  )
+  from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
+    splash_tpu as _attention_splash,
   )
   from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
     xla as _attention_xla,
@@ -29,6 +35,9 @@ try:
   )
   from trinity_jax.kernels.linear_logprob import (  # pyright: ignore[reportMissingImports]
     api as _linear_logprob,
+  )
+  from trinity_jax.kernels.linear_logprob.platform import (  # pyright: ignore[reportMissingImports]
+    only_on as _only_on,
   )
 except ModuleNotFoundError as error:
   raise ImportError(
@@ -48,7 +57,17 @@ __all__ = [
   "quantize",
 ]
 
-_ATTENTION = {"reference": _attention_reference.attention, "xla": _attention_xla.attention}
+_ATTENTION = {
+  "reference": _attention_reference.attention,
+  "xla": _attention_xla.attention,
+  "splash": _attention_splash.attention,
+  "cudnn": _attention_cudnn.attention,
+}
+# Where an implementation runs, and why it cannot serve operands of some shapes and dtypes.
+_ATTENTION_LIMITS = {
+  "splash": (("tpu",), _attention_splash.unsupported),
+  "cudnn": (("cuda",), _attention_cudnn.unsupported),
+}
 
 
 def _pick(op: str, table: Mapping[str, Any], name: str | None, default: str):
@@ -117,12 +136,34 @@ def attention(
   """Causal attention within each segment -> [B, T, H, A]; padding (segment 0) is finite, unused.
 
   With a window, a key is seen while 0 <= its age in positions < window. Implementations:
-  "reference", "xla" (the default everywhere).
+
+  "splash": the default on TPU where the shapes allow (row length a multiple of 128, head dim a
+    multiple of 8 up to 256; bfloat16 or float32), split over the mesh in context. Goes by places in
+    the row: a segment's tokens must be consecutive, with positions that count up by one.
+  "cudnn": GPU, by name only; row length even, head dim as above; bfloat16 or float16.
+  "xla": the default elsewhere. "reference".
 
   Raises:
-    UserError: the named implementation does not exist.
+    UserError: the named implementation does not exist, or cannot run (which for the platform is
+      known when the program is compiled).
   """
-  run = _pick("attention", _ATTENTION, implementation, "xla")
+  args = (q, k, v, positions, segment_ids)
+  if implementation is None and _attention_splash.unsupported(q, k) is None:
+    run = lambda name: (
+      lambda q, k, v, positions, segment_ids: _ATTENTION[name](
+        q, k, v, positions=positions, segment_ids=segment_ids, window=window
+      )
+    )
+    return jax.lax.platform_dependent(*args, tpu=run("splash"), default=run("xla"))
+  name = "xla" if implementation is None else implementation
+  run = _pick("attention", _ATTENTION, name, name)
+  if name in _ATTENTION_LIMITS:
+    platforms, unsupported = _ATTENTION_LIMITS[name]
+    reason = unsupported(q, k)
+    if reason:
+      raise UserError(f"attention: implementation {name!r} cannot run: {reason}")
+    text = f"attention: implementation {name!r} runs on {', '.join(platforms)}"
+    segment_ids = _only_on(platforms, text, jnp.asarray(segment_ids))
   return run(q, k, v, positions=positions, segment_ids=segment_ids, window=window)
 
 

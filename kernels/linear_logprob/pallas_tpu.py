@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from trinity_jax.errors import UserError
+
 # Vector memory that a kernel may use, per chip; the first is what every listed chip has. A program
 # is compiled for chips that are not there, so the local device is never asked.
 MEMORY = {None: 56 << 20, "v5e": 112 << 20, "v5p": 56 << 20, "v6e": 112 << 20}
@@ -69,7 +71,7 @@ def forward(
   """(target_logit, lse, mean_logit), each f32[T]: see api.py. `chip` is a key of MEMORY.
 
   Raises:
-    ValueError: operands that `unsupported` names.
+    UserError: operands that `unsupported` names.
   """
   tile = _checked_tile(FORWARD, hidden, weight, chip)
   plan = _plan(mask, tile.rows)
@@ -147,7 +149,7 @@ def _checked_tile(kernels, hidden, weight, chip) -> Tile:
   reason = unsupported(hidden, weight, chip)
   tile = None if reason else _tile(kernels, hidden, weight, chip)
   if tile is None:
-    raise ValueError(f"linear_logprob: implementation 'pallas_tpu' cannot run: {reason}")
+    raise UserError(f"linear_logprob: implementation 'pallas_tpu' cannot run: {reason}")
   return tile
 
 
@@ -194,7 +196,7 @@ def _tile(kernels: tuple[str, ...], hidden, weight, chip: str | None) -> Tile | 
   """The best tile with which each of `kernels` has room."""
   T, D, V = *hidden.shape, weight.shape[1]
   if chip not in MEMORY:
-    raise ValueError(f"linear_logprob: chip {chip!r} is not one of {', '.join(map(str, MEMORY))}")
+    raise UserError(f"linear_logprob: chip {chip!r} is not one of {', '.join(map(str, MEMORY))}")
   D = pl.cdiv(D, LANES) * LANES
   sizes = hidden.dtype.itemsize, weight.dtype.itemsize
   for rows, columns in TILES:

@@ -11,6 +11,7 @@ import pytest
 
 from trinity_jax import ops
 from trinity_jax.errors import UserError
+from trinity_jax.kernels.attention import cudnn, shards, splash_tpu
 
 _QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time, which is the test's
 
@@ -85,6 +86,129 @@ def test_unknown_implementation_is_an_error():
   q, k, v, _, positions, segment_ids = _inputs(0, 1, 4, 2, 2, 4)
   with pytest.raises(UserError, match="attention: implementation 'xl' does not exist.*'xla'"):
     ops.attention(q, k, v, positions=positions, segment_ids=segment_ids, implementation="xl")
+
+
+def _value_and_gradient(attention, inputs, **how):
+  q, k, v, g, positions, segment_ids = inputs
+  real = (segment_ids > 0)[..., None, None]
+
+  def loss(q, k, v):
+    out = attention(q, k, v, positions=positions, segment_ids=segment_ids, **how)
+    return jnp.sum(jnp.where(real, out * g, 0)), out
+
+  (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+  return jnp.where(real, out, 0), jnp.all(jnp.isfinite(out)), grads
+
+
+@pytest.mark.parametrize(
+  ("length", "heads", "window", "mesh"),
+  [(256, (4, 2), None, None), (128, (2, 1), 5, None), (128, (4, 2), 1000, (2, 2, 2))],
+)
+def test_splash_equals_the_reference(length, heads, window, mesh):
+  """Interpreted, on one device and on a mesh with rows and heads split."""
+  how = dict(window=window)
+  interpreted = jax.jit(
+    functools.partial(_value_and_gradient, splash_tpu.attention, interpret=True, **how)
+  )
+  reference = jax.jit(
+    functools.partial(_value_and_gradient, ops.attention, implementation="reference", **how)
+  )
+  if mesh is not None:
+    names = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh(mesh, names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  for seed in range(3 if mesh is None else 1):
+    inputs = _inputs(seed, 4, length, *heads, 16)
+    want, _, want_grads = reference(inputs)
+    if mesh is None:
+      out, finite, grads = interpreted(inputs)
+    else:
+      with jax.set_mesh(mesh):
+        found = shards.shards_of(inputs[0].shape, inputs[1].shape)
+        assert (found.rows, found.heads) == (("data", "fsdp"), "tensor")
+        out, finite, grads = interpreted(inputs)
+    assert finite
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    for a, b in zip(grads, want_grads):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_axes_that_do_not_divide_do_not_split():
+  names = ("data", "fsdp", "tensor")
+  mesh = jax.make_mesh((2, 2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  with jax.set_mesh(mesh):
+    for rows, heads, want in (
+      (4, (4, 2), (("data", "fsdp"), "tensor")), (2, (4, 2), (("data",), "tensor")),
+      (3, (4, 1), ((), None)),
+    ):  # fmt: skip
+      found = shards.shards_of((rows, 8, heads[0], 8), (rows, 8, heads[1], 8))
+      assert (found.rows, found.heads) == want
+      assert found.names == set(names)  # a kernel takes them all
+  assert shards.shards_of((4, 8, 4, 8), (4, 8, 2, 8)).mesh is None
+
+
+def test_default_by_platform():
+  """One traced function: splash in a TPU's program, XLA's own operations elsewhere."""
+
+  def program(length, platform, implementation=None):
+    shape = lambda n: jax.ShapeDtypeStruct((1, length, n, 64), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    run = lambda q, k, v, p, s: ops.attention(
+      q, k, v, positions=p, segment_ids=s, implementation=implementation
+    )
+    traced = jax.jit(run).trace(shape(4), shape(2), shape(2), row, row)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+  for length, platform, splash in (
+    (256, "tpu", True), (256, "cpu", False), (256, "cuda", False), (200, "tpu", False),
+  ):  # fmt: skip
+    assert ("tpu_custom_call" in program(length, platform)) == splash
+  with pytest.raises(UserError, match="'splash' runs on tpu, not on cpu"):
+    program(256, "cpu", "splash")
+  with pytest.raises(UserError, match="'splash' cannot run: row length is 200, .* multiple of 128"):
+    program(200, "tpu", "splash")
+
+
+def test_limits_of_implementations():
+  shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
+  k = shape(1, 128, 2, 64)
+  for module, q, reason in (
+    (splash_tpu, shape(1, 128, 4, 64), None),
+    (splash_tpu, shape(1, 128, 4, 64, dtype=jnp.float64), "dtype is float64"),
+    (splash_tpu, shape(1, 100, 4, 64), "row length is 100"),
+    (splash_tpu, shape(1, 128, 4, 60), "head dim is 60"),
+    (splash_tpu, shape(1, 128, 3, 64), "3 query heads are no multiple of 2"),
+    (cudnn, shape(1, 128, 4, 64), None),
+    (cudnn, shape(1, 128, 4, 64, dtype=jnp.float32), "dtype is float32"),
+    (cudnn, shape(1, 127, 4, 64), "row length is 127"),
+    (cudnn, shape(1, 128, 4, 264), "head dim is 264"),
+    (cudnn, shape(1, 128, 3, 64), "3 query heads are no multiple of 2"),
+  ):  # fmt: skip
+    got = module.unsupported(q, k)
+    assert got is None if reason is None else reason in (got or "")
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_cudnn_lowers_for_a_gpu(monkeypatch, window):
+  """Forward and backward become cuDNN's calls; whether they are right, only a GPU can say."""
+  from jax._src.cudnn import fused_attention_stablehlo as calls
+
+  shape = lambda n: jax.ShapeDtypeStruct((2, 64, n, 32), jnp.bfloat16)
+  row = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+
+  def loss(q, k, v, p, s):
+    out = ops.attention(q, k, v, positions=p, segment_ids=s, window=window, implementation="cudnn")
+    return jnp.sum(out.astype(jnp.float32))
+
+  trace = lambda: jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape(4), shape(2), shape(2), row, row)
+  if calls.cuda_versions is None:
+    with pytest.raises(UserError, match="'cudnn' cannot run: no cuDNN on this machine"):
+      trace()
+  monkeypatch.setattr(calls, "check_cudnn_version", lambda: 91000)
+  text = trace().lower(lowering_platforms=("cuda",)).as_text()
+  for name in ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"):
+    assert name in text
+  with pytest.raises(UserError, match="'cudnn' runs on cuda, not on cpu"):
+    trace().lower(lowering_platforms=("cpu",))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
