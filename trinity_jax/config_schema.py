@@ -207,6 +207,7 @@ class AlgorithmConfig:
   offload: bool = key(
     False, "Keep reference and teacher in host memory and move them to the devices when used."
   )
+  flip_advantages: bool = key(False, "Control experiment: every advantage with its sign turned.")
   shuffle_rewards: bool = key(False, "Control experiment: permute rewards within each step.")
 
 

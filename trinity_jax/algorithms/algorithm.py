@@ -53,6 +53,7 @@ class Algorithm(NamedTuple):
   blend: Part | None
   data: str
   stale: bool
+  flip: bool = False  # the advantages' sign: a control experiment
   prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
   @property
@@ -152,7 +153,7 @@ class Algorithm(NamedTuple):
       coef = self.kl_coef if kl_coef is None else kl_coef
       arrays, out["kl"] = self._penalised(coef, arrays)
     advantages, found = self.advantage(**arrays | self._rollouts(arrays), num_groups=num_groups)
-    advantages = to_tokens(advantages, mask, index)
+    advantages = to_tokens(-advantages if self.flip else advantages, mask, index)
     if self.blend is None:
       weights = aggregation.weights(mask, index, size, self.aggregation, max_length, valid=valid)
     else:
@@ -340,6 +341,7 @@ def make(config: AlgorithmConfig | str, **changes: Any) -> Algorithm:
     ),
     data=row.data,
     stale=row.stale,
+    flip=config.flip_advantages,
     prepare=row.prepare,
   )
 
