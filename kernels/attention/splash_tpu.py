@@ -69,8 +69,8 @@ def attention(
     run = _kernel(q.shape[1], q.shape[2], window, interpret)
     q = (q * (q.shape[-1] ** -0.5)).swapaxes(1, 2)
     one = lambda q, k, v, s: run(q, k, v, splash.SegmentIds(s, s))
-    out = jax.vmap(one)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids)
-    return jnp.swapaxes(out, 1, 2)
+    out: Any = jax.vmap(one)(q, k.swapaxes(1, 2), v.swapaxes(1, 2), segment_ids)
+    return out.swapaxes(1, 2)
 
   return shards_of(q.shape, k.shape).map(rows)(q, k, v, segment_ids.astype(jnp.int32))
 
