@@ -70,7 +70,7 @@ _ATTENTION_LIMITS = {
 }
 
 
-def _pick(op: str, table: Mapping[str, Any], name: str | None, default: str):
+def _pick(op: str, table: Mapping[str, Callable[..., Any]], name: str | None, default: str):
   """Returns the named implementation, or the default when none is named; never a substitute."""
   name = default if name is None else name
   if name not in table:
@@ -260,6 +260,7 @@ def expected_score(
   return _linear_logprob.expected_score(hidden, weight, mask, temperature)
 
 
-def _named(op: str, implementation: str | None) -> None:
-  if implementation is not None:
-    _pick(op, _linear_logprob.IMPLEMENTATIONS, implementation, implementation)
+def _named(op: str, name: str | None) -> None:
+  if name is not None and name not in _linear_logprob.IMPLEMENTATIONS:
+    known = suggestion(name, _linear_logprob.IMPLEMENTATIONS)
+    raise UserError(f"{op}: implementation {name!r} does not exist{known}")

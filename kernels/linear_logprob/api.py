@@ -4,7 +4,7 @@ Axes: T rows (tokens), D model width, V vocabulary.
 
 An implementation works on the arrays of one device (`Implementation`). Here they get a derivative,
 are split over the mesh in context (see layout.py) and merged, and are chosen per platform. A [T, V]
-that is small on each device (xla.CHUNK_LOGITS) is kept between forward and backward instead.
+that is small on each device (xla.SMALL) is kept between forward and backward instead.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
+
+from trinity_jax.errors import UserError
 
 from . import arithmetic, pallas_tpu, reference, whole, xla
 from .layout import Layout, layout_of
@@ -47,12 +49,12 @@ class Implementation(NamedTuple):
   platforms: tuple[str, ...] | None = None
 
 
-def xla_chunks(chunk: int | None = None) -> Implementation:
-  """The XLA implementation, `chunk` rows at a time (None: as many as are good)."""
+def xla_tiles(tile: xla.Tile) -> Implementation:
+  """The XLA implementation with logits of that many rows and columns at a time."""
   some = functools.partial
   return Implementation(
-    "xla", some(xla.forward, chunk=chunk), some(xla.backward, chunk=chunk),
-    some(xla.loss_gradients, chunk=chunk),
+    "xla", some(xla.forward, tile=tile), some(xla.backward, tile=tile),
+    some(xla.loss_gradients, tile=tile),
   )  # fmt: skip
 
 
@@ -60,12 +62,8 @@ PALLAS_TPU = Implementation(
   "pallas_tpu", pallas_tpu.forward, pallas_tpu.backward,
   unsupported=pallas_tpu.unsupported, platforms=("tpu",),
 )  # fmt: skip
-# "reference" has no parts: its gradients are autodiff's.
-IMPLEMENTATIONS: dict[str, Implementation | None] = {
-  "reference": None,
-  "xla": xla_chunks(),
-  "pallas_tpu": PALLAS_TPU,
-}
+# "reference" has no parts, its gradients are autodiff's; "xla" has tiles for each platform.
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 class _Plan(NamedTuple):
@@ -73,7 +71,8 @@ class _Plan(NamedTuple):
 
   layout: Layout
   softcap: float | None
-  named: Implementation | None  # None: by platform
+  fixed: Implementation | None  # None: by platform,
+  pallas: bool  # which includes kernels
   keep: bool = False  # the logits, between forward and backward
 
 
@@ -179,7 +178,10 @@ def expected_score(
   plan, rows = _prepare(hidden, weight, targets, mask, temperature, None, None)
   hidden, weight, _, padded, temperature = rows
   layout = plan.layout
-  run = functools.partial(xla.expected_score, layout=layout)
+  with_tile = lambda tile: functools.partial(xla.expected_score, layout=layout, tile=tile)
+  run = lambda *args: jax.lax.platform_dependent(
+    *args, cpu=with_tile(xla.CPU), default=with_tile(xla.ACCELERATOR)
+  )
   specs = (layout.row, layout.weight, layout.row, layout.row)
   run = layout.map(run, specs, layout.row)
   return run(hidden, weight, padded, temperature)[: mask.shape[0]]
@@ -208,27 +210,27 @@ def _prepare(hidden, weight, targets, mask, temperature, softcap, implementation
   # Of masked rows nothing is read: temperature 0 and target -1 are fine there.
   temperature = jax.lax.stop_gradient(jnp.where(mask, temperature, 1))
   targets = jnp.where(mask, targets, 0).astype(jnp.int32)
-  named = implementation
-  if isinstance(named, str):
-    if named not in IMPLEMENTATIONS:
-      raise ValueError(
-        f"linear_logprob: implementation {implementation!r} does not exist; "
-        f"known: {', '.join(IMPLEMENTATIONS)}"
-      )
-    named = IMPLEMENTATIONS[named]
+  if isinstance(implementation, str) and implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"linear_logprob: implementation {implementation!r} does not exist; "
+      f"known: {', '.join(IMPLEMENTATIONS)}"
+    )
+  fixed = PALLAS_TPU if implementation == "pallas_tpu" else implementation
   layout = layout_of(weight.shape[1])
-  plan = _Plan(layout, softcap, named)
+  plan = _Plan(
+    layout, softcap, fixed if isinstance(fixed, Implementation) else None, implementation is None
+  )
   hidden, targets, mask, temperature = _padded(
     layout, mask.shape[0], (hidden, targets, mask, temperature)
   )
   temperature = jnp.where(mask, temperature, 1)
   if implementation in (None, "xla"):
     logits = mask.shape[0] // layout.row_shards * (weight.shape[1] // layout.vocabulary_shards)
-    plan = plan._replace(keep=logits <= xla.CHUNK_LOGITS)
-  if named is not None and named.unsupported is not None and not plan.keep:
-    reason = named.unsupported(hidden, weight)
+    plan = plan._replace(keep=logits <= xla.SMALL)
+  if plan.fixed is not None and plan.fixed.unsupported is not None:
+    reason = plan.fixed.unsupported(hidden, weight)
     if reason:
-      raise ValueError(f"linear_logprob: implementation {named.name!r} cannot run: {reason}")
+      raise UserError(f"linear_logprob: implementation {plan.fixed.name!r} cannot run: {reason}")
   return plan, (hidden, weight, targets, mask, temperature)
 
 
@@ -245,19 +247,19 @@ def _padded(layout: Layout, count: int, arrays):
 
 
 def _run(plan: _Plan, method: Callable[..., Any], *args):
-  """method(implementation, *args) for the one named, or for that of the platform."""
-  named = plan.named
-  if named is not None:
-    if named.platforms is not None:
-      where = ", ".join(named.platforms)
-      text = f"linear_logprob: implementation {named.name!r} runs on {where}"
-      args = (only_on(named.platforms, text, args[0]), *args[1:])
-    return method(named, *args)
-  default = functools.partial(method, IMPLEMENTATIONS["xla"])
-  if pallas_tpu.unsupported(*args[:2]):
-    return default(*args)
-  on_tpu = functools.partial(method, PALLAS_TPU)
-  return jax.lax.platform_dependent(*args, tpu=on_tpu, default=default)
+  """method(implementation, *args) for the one that is fixed, or for that of the platform."""
+  fixed = plan.fixed
+  if fixed is not None:
+    if fixed.platforms is not None:
+      where = ", ".join(fixed.platforms)
+      text = f"linear_logprob: implementation {fixed.name!r} runs on {where}"
+      args = (only_on(fixed.platforms, text, args[0]), *args[1:])
+    return method(fixed, *args)
+  by = lambda implementation: functools.partial(method, implementation)
+  branches = {"cpu": by(xla_tiles(xla.CPU)), "default": by(xla_tiles(xla.ACCELERATOR))}
+  if plan.pallas and not pallas_tpu.unsupported(*args[:2]):
+    branches["tpu"] = by(PALLAS_TPU)
+  return jax.lax.platform_dependent(*args, **branches)
 
 
 def _fit(hidden, weight, gradients):

@@ -26,27 +26,43 @@ def logits_of(x, weight, temperature, softcap):
   return logits / temperature[:, None]
 
 
-def reduce(logits, targets):
-  """-> (target logit (0 where the target is no column), lse, mean logit), each [C]."""
-  top, shifted_target, log_total, mean = _reduce(logits, targets)
+def no_columns(zeros):
+  """What `add_columns` starts from: (top logit, sum of e, sum of e logit, target logit), each [C].
+
+  e = exp(logit - top).
+  """
+  return (zeros + jnp.finfo(zeros.dtype).min, zeros, zeros, zeros)
+
+
+def add_columns(sums, logits, targets):
+  """Takes in the columns of logits [C, B]; the target counts where it is one of them."""
+  before, total, weighted, target = sums
+  top = jnp.maximum(before, jnp.max(logits, axis=-1))
+  e = jnp.exp(logits - top[:, None])
+  scale = jnp.exp(before - top)
+  total = total * scale + jnp.sum(e, axis=-1)
+  weighted = weighted * scale + jnp.sum(e * logits, axis=-1)
   inside = (targets >= 0) & (targets < logits.shape[1])
-  return jnp.where(inside, shifted_target + top, 0), log_total + top, mean + top
+  found = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")[:, 0]
+  return top, total, weighted, jnp.where(inside, found, target)
 
 
-def reduce_all(logits, targets):
-  """As `reduce` where these are all columns -> (logprob, entropy, lse), each [C]."""
-  top, shifted_target, log_total, mean = _reduce(logits, targets)
-  return shifted_target - log_total, log_total - mean, top + log_total
+def finish(sums):
+  """-> (target logit (0 where it was no column), lse, mean logit), each [C]."""
+  top, total, weighted, target = sums
+  return target, top + jnp.log(total), weighted / jnp.where(total == 0, 1, total)
 
 
-def _reduce(logits, targets):
+def reduce(logits, targets):
+  """All columns at once -> (logprob, entropy, lse), each [C]."""
   top = jnp.max(logits, axis=-1)
   shifted = logits - top[:, None]
   e = jnp.exp(shifted)
   total = jnp.sum(e, axis=-1)
   mean = jnp.sum(e * shifted, axis=-1) / total
-  target = jnp.take_along_axis(shifted, targets[:, None], axis=-1, mode="clip")[:, 0]
-  return top, target, jnp.log(total), mean
+  log_total = jnp.log(total)
+  target = jnp.take_along_axis(shifted, targets[:, None], axis=-1)[:, 0]
+  return target - log_total, log_total - mean, top + log_total
 
 
 def logits_gradient(logits, targets, temperature, entropy, lse, cotangents, softcap):
@@ -77,8 +93,6 @@ def hidden_gradient(d, weight):
   )
 
 
-def weight_gradient(x, d):
-  """[C, D], [C, V] -> [D, V]."""
-  return jax.lax.dot_general(
-    x, d.astype(x.dtype), (((0,), (0,)), ((), ())), preferred_element_type=d.dtype
-  )
+def product(left, d):
+  """x^T [D, C], [C, V] -> [D, V]."""
+  return jnp.dot(left, d.astype(left.dtype), preferred_element_type=d.dtype)

@@ -12,9 +12,9 @@ def forward(hidden, weight, targets, mask, temperature, *, softcap, layout):
   hidden = _clean(mask, hidden)
   logits = arithmetic.logits_of(hidden, weight, temperature, softcap)
   if layout.vocabulary is None:
-    outs = arithmetic.reduce_all(logits, targets)
+    outs = arithmetic.reduce(logits, targets)
   else:
-    outs = layout.merge(*arithmetic.reduce(logits, targets))
+    outs = layout.merge(*_parts(logits, targets))
   return tuple(jnp.where(mask, x, 0) for x in outs), logits
 
 
@@ -23,7 +23,13 @@ def backward(
 ):
   """-> (d_hidden, d_weight)."""
   d = arithmetic.logits_gradient(logits, targets, temperature, entropy, lse, cotangents, softcap)
-  return arithmetic.hidden_gradient(d, weight), arithmetic.weight_gradient(_clean(mask, hidden), d)
+  return arithmetic.hidden_gradient(d, weight), arithmetic.product(_clean(mask, hidden).T, d)
+
+
+def _parts(logits, targets):
+  """-> (target logit, lse, mean logit) over the columns of one shard."""
+  sums = arithmetic.no_columns(jnp.zeros(targets.shape, logits.dtype))
+  return arithmetic.finish(arithmetic.add_columns(sums, logits, targets))
 
 
 def _clean(mask, x):
