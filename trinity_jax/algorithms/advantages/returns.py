@@ -30,7 +30,7 @@ def backwards(a: jax.Array, b: jax.Array) -> jax.Array:
   def combine(right, left):
     return left[0] * right[0], left[0] * right[1] + left[1]
 
-  return lax.associative_scan(combine, (a, b), reverse=True, axis=-1)[1]
+  return lax.associative_scan(combine, (a, b), reverse=True, axis=a.ndim - 1)[1]
 
 
 def next_action(
@@ -38,15 +38,14 @@ def next_action(
 ) -> tuple[jax.Array, jax.Array]:
   """Of every action token, whether its sequence has a later one (bool X), and that one's value."""
 
-  def nearest(right, left):
-    return tuple(jnp.where(left[0], x, y) for x, y in zip(left, right))
-
-  index = jnp.where(mask, sequence_index, -1)
-  found = lax.associative_scan(nearest, (mask, index, values), reverse=True, axis=-1)
-  later = lambda x: jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)
-  there, at, value = map(later, found)
-  follows = mask & there & (at == index)
-  return follows, jnp.where(follows, value, 0)
+  width = mask.shape[-1]
+  place = lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
+  # The nearest action token at or after each place, then the one strictly after it.
+  nearest = lax.cummin(jnp.where(mask, place, width), axis=mask.ndim - 1, reverse=True)
+  after = jnp.concatenate([nearest[..., 1:], jnp.full_like(nearest[..., :1], width)], axis=-1)
+  at = lambda x: jnp.take_along_axis(x, jnp.minimum(after, width - 1), axis=-1)
+  follows = mask & (after < width) & (at(sequence_index) == sequence_index)
+  return follows, jnp.where(follows, at(values), 0)
 
 
 def _discounted(rewards, mask, follows, factor):
