@@ -262,7 +262,7 @@ def test_traced_options():
   np.testing.assert_allclose(got[1], jax.jit(f, static_argnums=0)(0.9), rtol=1e-6)
 
 
-def test_eight_devices_give_what_one_gives():
+def test_rows_over_devices_give_what_one_device_gives():
   """Rows spread over devices, as in the trainer: whole-step statistics cross them."""
   step = steps.random_step(5)
   tokens, _ = steps.packed(step)

@@ -152,8 +152,8 @@ def reinforce_plus_plus_baseline(
 ) -> tuple[jax.Array, dict[str, stats.Stat]]:
   """reward - mean of its group, then whitened over all action tokens of the step.
 
-  REINFORCE++ with baseline: arXiv 2501.03262. Long answers weigh more in mean and deviation, as in
-  its authors' implementation. A group of one has mean 0.
+  REINFORCE++ with baseline: arXiv 2501.03262. Mean and deviation count tokens, as they do without
+  the baseline: long answers weigh more. A group of one has mean 0.
   """
   valid = jnp.asarray(valid, bool)
   (rewards,) = masked(valid, rewards)
