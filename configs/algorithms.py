@@ -67,6 +67,7 @@ def _supervised(c, split):
   c.taskset.generate_args = rows
   c.taskset.text_key = "text" if split == "text" else ""
   c.trainer.batch_size, c.trainer.minibatches = 256, 1
+  c.eval.interval = 30  # and before the first step
   if split == "preferences":
     c.trainer.row_lengths = (26,)
   held_out = {**rows, "seed": 1000, "rows": 256}

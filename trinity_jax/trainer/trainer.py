@@ -36,6 +36,10 @@ from trinity_jax.trainer.scoring import Policy, score
 from trinity_jax.trainer.state import TrainState, init_state
 
 
+# What scoring.score calls them.
+_OUTPUT = {"prox_logprob": "logprob", "prox_entropy": "entropy"}
+
+
 class Programs(NamedTuple):
   """Compiled for one row length; None where the algorithm has no use for it."""
 
@@ -174,8 +178,7 @@ class Trainer:
       )
       values = compiled(values, state.critic.params, shapes)
       critic_step = compiled(critic_step, state.critic, shapes, state.kl_coef)
-    outputs = tuple({"prox_logprob": "logprob", "prox_entropy": "entropy"}.get(k, k)
-                    for k in self._scores)  # fmt: skip
+    outputs = tuple(_OUTPUT.get(name, name) for name in self._scores)
     self._programs[length] = Programs(
       step=compiled(
         step, dataclasses.replace(state, critic=None), shapes, jax.ShapeDtypeStruct((), np.int32)
@@ -261,7 +264,7 @@ class Trainer:
     known = self._older_logprobs(packed, batch, programs.logprobs)
     if programs.scores is not None:
       scores = self._launch(programs.scores, self.state.params, batch)
-      filled |= dict(zip(self._scores, scores.values()))
+      filled |= {name: scores[_OUTPUT.get(name, name)] for name in self._scores}
       if "logprob" in scores:
         known[self.step_number] = np.asarray(scores["logprob"])
     if programs.values is not None:
