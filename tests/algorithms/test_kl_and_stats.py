@@ -49,7 +49,7 @@ def test_values_and_gradients_against_torch(name):
 
 
 def test_low_variance_kl():
-  # d = -3: e^3 - 4 = 16.0855 -> 10, no gradient; d = -1: e - 2, slope 1 - e; d = 30 -> 20, then 19 -> 10.
+  # d = -3: e^3 - 4 = 16.09 -> 10, no gradient; -1: e - 2, slope 1 - e; 30 -> 20, then 19 -> 10.
   x, vjp = jax.vjp(lambda x: KLS["low_var_kl"](x, jnp.zeros(3)), jnp.array([-3.0, -1.0, 30.0]))
   np.testing.assert_allclose(x, [10, np.e - 2, 10], rtol=1e-6)
   np.testing.assert_allclose(vjp(jnp.ones(3))[0], [0, 1 - np.e, 0], rtol=1e-6)

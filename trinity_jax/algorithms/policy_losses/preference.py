@@ -33,6 +33,7 @@ class Pairs(NamedTuple):
 
 def find_pairs(rewards: jax.Array, pair_ids: jax.Array, valid: jax.Array | None) -> Pairs:
   """Who belongs to whom. A pair is two valid sequences of one number >= 0 with unequal rewards."""
+  rewards, pair_ids = jnp.asarray(rewards), jnp.asarray(pair_ids)
   there = pair_ids >= 0 if valid is None else (pair_ids >= 0) & valid
   same = (pair_ids[:, None] == pair_ids[None, :]) & there[:, None] & there[None, :]
   same &= ~jnp.eye(len(pair_ids), dtype=bool)
