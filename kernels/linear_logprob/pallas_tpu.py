@@ -13,11 +13,16 @@ span the whole of D, so that a tile of the weight is read once per block of rows
 
 The backward kernels compute the logits again. Accumulators are float32, operands keep their dtype.
 The last tile of columns may reach beyond V: what is read there is arbitrary, NaN included.
+
+A kernel demands row-major operands, and XLA would copy what is not. A [D, V] whose V is no multiple
+of 128 lies in memory as [V, D] (less padding); the kernels then take it, and give its gradient,
+that way round.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,16 +71,21 @@ def unsupported(hidden: Any, weight: Any, chip: str | None = None) -> str | None
 
 
 def forward(
-  hidden, weight, targets, mask, temperature, *, softcap=None, chip=None, interpret: Any = False
-):
-  """(target_logit, lse, mean_logit), each f32[T]: see api.py. `chip` is a key of MEMORY.
+  hidden, weight, targets, mask, temperature, *, softcap=None, chip=None, by_rows=None,
+  interpret: Any = False,
+):  # fmt: skip
+  """(target_logit, lse, mean_logit), each f32[T]: see api.py.
+
+  Args:
+    chip: a key of MEMORY.
+    by_rows: whether the weight lies in memory as [V, D]; None: as XLA lays out such a shape.
 
   Raises:
     UserError: operands that `unsupported` names.
   """
   tile = _checked_tile(FORWARD, hidden, weight, chip)
   plan = _plan(mask, tile.rows)
-  shape = _Shape(hidden, weight, tile, interpret, chip)
+  shape = _Shape(hidden, weight, tile, by_rows, interpret, chip)
   out = shape.call(
     functools.partial(_forward_kernel, shape=shape, softcap=softcap),
     name="linear_logprob_forward",
@@ -89,19 +99,19 @@ def forward(
     _take(plan, _local(targets, weight))[:, None],
     _take(plan, 1 / jnp.where(mask, temperature, 1).astype(jnp.float32))[:, None],
     _take(plan, hidden),
-    weight,
+    shape.laid(weight),
   )
   return tuple(_put(plan, x[:, 0]) for x in out)
 
 
 def backward(
   hidden, weight, targets, mask, temperature, lse, entropy, cotangents, *, softcap=None, chip=None,
-  interpret: Any = False,
+  by_rows=None, interpret: Any = False,
 ):  # fmt: skip
   """(d_hidden[T, D], d_weight[D, V]) in their operands' dtypes: see api.py."""
   tile = _checked_tile(BACKWARD, hidden, weight, chip)
   plan = _plan(mask, tile.rows)
-  shape = _Shape(hidden, weight, tile, interpret, chip)
+  shape = _Shape(hidden, weight, tile, by_rows, interpret, chip)
   inverse = 1 / jnp.where(mask, temperature, 1)
   stats = [_take(plan, x.astype(jnp.float32)) for x in (inverse, lse, entropy)]
   for c in cotangents:  # a repetition contributes nothing
@@ -112,7 +122,7 @@ def backward(
     _take(plan, _local(targets, weight))[:, None],
     jnp.stack(stats, axis=1),
     _take(plan, hidden),
-    weight,
+    shape.laid(weight),
   )
   uses = tuple(c is not None for c in cotangents)
   D = hidden.shape[1]
@@ -133,13 +143,13 @@ def backward(
     in_specs=[
       turn(shape.per_row(1)), turn(shape.per_row(_STATS)), turn(shape.hidden()),
       # Here the columns are the outer axis: with any row alive, each tile is fetched once.
-      pl.BlockSpec((D, tile.columns), lambda j, i, n: (0, jnp.where(n[0] > 0, j, 0))),
+      shape.columns(lambda j, i, n: jnp.where(n[0] > 0, j, 0)),
     ],
-    out_specs=pl.BlockSpec((D, tile.columns), lambda j, i, n: (0, j)),
-    out_shape=jax.ShapeDtypeStruct(weight.shape, weight.dtype),
-    scratch_shapes=[pltpu.VMEM((D, tile.columns), jnp.float32)],
+    out_specs=shape.columns(lambda j, i, n: j),
+    out_shape=jax.ShapeDtypeStruct(shape.turned(weight.shape), weight.dtype),
+    scratch_shapes=[pltpu.VMEM(shape.turned((D, tile.columns)), jnp.float32)],
   )(*args)  # fmt: skip
-  return _put(plan, d_hidden), d_weight
+  return _put(plan, d_hidden), shape.laid(d_weight)
 
 
 # --- which rows, which tiles ----------------------------------------------------------------------
@@ -210,13 +220,16 @@ def _tile(kernels: tuple[str, ...], hidden, weight, chip: str | None) -> Tile | 
 class _Shape:
   """The static side of one kernel call."""
 
-  def __init__(self, hidden, weight, tile: Tile, interpret, chip):
+  def __init__(self, hidden, weight, tile: Tile, by_rows, interpret, chip):
     self.V = weight.shape[1]
     self.D = hidden.shape[1]
     self.tile = tile
     self.row_blocks = pl.cdiv(hidden.shape[0], tile.rows)
     self.column_blocks = pl.cdiv(self.V, tile.columns)
     self.ragged = self.V % tile.columns != 0
+    self.by_rows = by_rows
+    if by_rows is None:
+      self.by_rows = self.V % LANES != 0 and self.D % LANES == 0
     self.interpret = interpret
     self.limit = MEMORY[chip]
 
@@ -226,11 +239,23 @@ class _Shape:
   def hidden(self) -> pl.BlockSpec:
     return pl.BlockSpec((self.tile.rows, self.D), lambda i, j, n: (_alive(i, n), 0))
 
+  def turned(self, shape: tuple[int, int]) -> tuple[int, int]:
+    """[D, V] as the kernel sees it."""
+    return (shape[1], shape[0]) if self.by_rows else shape
+
+  def laid(self, weight):
+    return weight.T if self.by_rows else weight
+
+  def columns(self, index: Callable[..., Any]) -> pl.BlockSpec:
+    """The tile of the weight whose number is index(*grid, live)."""
+    if self.by_rows:
+      return pl.BlockSpec((self.tile.columns, self.D), lambda *grid: (index(*grid), 0))
+    return pl.BlockSpec((self.D, self.tile.columns), lambda *grid: (0, index(*grid)))
+
   def weight(self) -> pl.BlockSpec:
     """A dead block of rows stays with the tile that the last live one ended with."""
     last = self.column_blocks - 1
-    index = lambda i, j, n: (0, jnp.where(i < n[0], j, jnp.where(n[0] > 0, last, 0)))
-    return pl.BlockSpec((self.D, self.tile.columns), index)
+    return self.columns(lambda i, j, n: jnp.where(i < n[0], j, jnp.where(n[0] > 0, last, 0)))
 
   def call(self, kernel, *, name, grid, in_specs, out_specs, out_shape, scratch_shapes):
     return pl.pallas_call(
@@ -264,10 +289,10 @@ def _dot(a, b, axis_a: int, axis_b: int):
   )  # fmt: skip
 
 
-def _logits(x, w, inverse, softcap):
+def _logits(x, w, inverse, shape: _Shape, softcap):
   """-> (logits [R, C] capped and divided by temperature, tanh or None)."""
   both = jnp.promote_types(x.dtype, w.dtype)
-  logits = _dot(x.astype(both), w.astype(both), 1, 0)
+  logits = _dot(x.astype(both), w.astype(both), 1, 1 if shape.by_rows else 0)
   if softcap is None:
     return logits * inverse, None
   bent = jnp.tanh(logits * (1 / softcap))
@@ -294,7 +319,7 @@ def _forward_kernel(
 
   @pl.when(i < live[0])
   def _():
-    logits, _ = _logits(x[...], w[...], inverse[...], softcap)
+    logits, _ = _logits(x[...], w[...], inverse[...], shape, softcap)
     columns = _columns(shape, j)
     if shape.ragged:
       logits = jnp.where(columns < shape.V, logits, _NEVER)
@@ -321,7 +346,7 @@ def _forward_kernel(
 def _logits_gradient(targets, stats, x, w, j, *, shape: _Shape, softcap, uses):
   """d/d(x @ w) of one tile [R, C], float32; 0 beyond V."""
   inverse, lse, entropy, g, h, z = (stats[:, a : a + 1] for a in range(_STATS))
-  logits, bent = _logits(x, w, inverse, softcap)
+  logits, bent = _logits(x, w, inverse, shape, softcap)
   columns = _columns(shape, j)
   d = z - g
   if uses[1]:  # usually a mere metric: then no logarithm is needed
@@ -346,13 +371,13 @@ def _d_hidden_kernel(live, targets, stats, x, w, out, sums, *, shape: _Shape, so
   def add(clean):
     weight = w[...]
     if clean:  # 0 times what lies beyond V could be NaN
-      column = jax.lax.broadcasted_iota(jnp.int32, weight.shape, 1)
+      column = jax.lax.broadcasted_iota(jnp.int32, weight.shape, 0 if shape.by_rows else 1)
       inside = column < shape.V - j * shape.tile.columns
       weight = jnp.where(inside, weight, jnp.zeros_like(weight))
     d = _logits_gradient(
       targets[...], stats[...], x[...], weight, j, shape=shape, softcap=softcap, uses=uses
     )
-    sums[...] += _dot(d.astype(weight.dtype), weight, 1, 1)
+    sums[...] += _dot(d.astype(weight.dtype), weight, 1, 0 if shape.by_rows else 1)
 
   if shape.ragged:
     pl.when((i < live[0]) & ~last)(lambda: add(clean=False))
@@ -378,7 +403,8 @@ def _d_weight_kernel(live, targets, stats, x, w, out, sums, *, shape: _Shape, so
     d = _logits_gradient(
       targets[...], stats[...], rows, w[...], j, shape=shape, softcap=softcap, uses=uses
     )
-    sums[...] += _dot(rows, d.astype(rows.dtype), 0, 0)
+    d = d.astype(rows.dtype)
+    sums[...] += _dot(d, rows, 0, 0) if shape.by_rows else _dot(rows, d, 0, 0)
 
   @pl.when(i == shape.row_blocks - 1)
   def _():

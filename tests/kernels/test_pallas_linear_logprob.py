@@ -69,18 +69,21 @@ def inputs(T, D, V, mask, seed=0, dtype=jnp.float32):
   return hidden, weight, targets, mask, rng.uniform(0.5, 1.5, T).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("softcap", "uses", "interpret"))
-def run(h, w, y, m, t, lse, entropy, cotangents, softcap, uses, interpret):
+@functools.partial(jax.jit, static_argnames=("softcap", "uses", "interpret", "by_rows"))
+def run(h, w, y, m, t, lse, entropy, cotangents, softcap, uses, interpret, by_rows):
   # Masked rows: neither what they hold nor what flows back into them is read.
   bad = lambda x, value: jnp.where(m if x.ndim == 1 else m[:, None], x, value)
   args = bad(h, jnp.nan), w, bad(y, -7), m, bad(t, 0)
   given = [bad(c, jnp.nan) if use else None for c, use in zip(cotangents, uses)]
-  how = dict(softcap=softcap, interpret=interpret)
+  how = dict(softcap=softcap, interpret=interpret, by_rows=by_rows)
   out = kernel.forward(*args, **how)
   return out, kernel.backward(*args, bad(lse, jnp.nan), bad(entropy, jnp.nan), given, **how)
 
 
-def check(T, D, V, mask, softcap=None, uses=(True, True, True), dtype=jnp.float32, interpret=True):
+def check(
+  T, D, V, mask, softcap=None, uses=(True, True, True), dtype=jnp.float32, interpret=True,
+  by_rows=None,
+):  # fmt: skip
   h, w, y, m, t = inputs(T, D, V, mask, dtype=dtype)
   rng = np.random.default_rng(1)
   c = rng.normal(size=(3, T)).astype(np.float32)
@@ -92,7 +95,7 @@ def check(T, D, V, mask, softcap=None, uses=(True, True, True), dtype=jnp.float3
   given = [x if use else None for x, use in zip(c, uses)]
   want_grads = numpy_backward(h64, w64, y, m, t, lse, entropy, given, softcap)
   statistics = (lse.astype(np.float32), entropy.astype(np.float32))
-  out, grads = run(h, w, y, m, t, *statistics, c, softcap, uses, interpret)
+  out, grads = run(h, w, y, m, t, *statistics, c, softcap, uses, interpret, by_rows)
   assert all(x.dtype == jnp.float32 for x in out)
   for a, b in zip(out, want):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
@@ -110,6 +113,7 @@ def check(T, D, V, mask, softcap=None, uses=(True, True, True), dtype=jnp.float3
   ("T", "D", "V", "mask", "softcap", "dtype"),
   [
     (32, 128, 256, "all", None, jnp.float32),
+    (32, 128, 300, "some", None, jnp.float32),  # the weight as [V, D]
     (48, 128, 384, "some", 3.0, jnp.float32),
     (37, 72, 300, "some", None, jnp.float32),
     (37, 72, 300, "one", 2.0, jnp.bfloat16),
@@ -125,6 +129,11 @@ def test_value_and_gradient(small_tiles, T, D, V, mask, softcap, dtype):
 @pytest.mark.parametrize("only", [0, 1, 2])
 def test_cotangents_that_are_absent(small_tiles, only):
   check(20, 16, 130, "some", 4.0, uses=tuple(i == only for i in range(3)))
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_either_way_round(small_tiles, by_rows):
+  check(20, 24, 130, "some", by_rows=by_rows)
 
 
 def test_tiles_of_a_chip():
@@ -153,7 +162,7 @@ def test_dead_blocks_are_left_out(small_tiles):
   T, D, V = 64, 16, 256  # 4 blocks of rows, 2 of columns
   tile = kernel.Tile(16, 128)
   h, w = jnp.zeros((T, D)), jnp.zeros((D, V))
-  shape = kernel._Shape(h, w, tile, False, None)
+  shape = kernel._Shape(h, w, tile, None, False, None)
   row, column = shape.hidden().index_map, shape.weight().index_map
   for live, rows, fetches in ((2, [0, 0, 1, 1, 1, 1, 1, 1], 4), (0, [0] * 8, 1)):
     steps = [(i, j) for i in range(4) for j in range(2)]
