@@ -1,8 +1,11 @@
 """Every algorithm of the table on the quickstart's task, from one SFT checkpoint.
 
-python launch/study.py algorithms --workdir=runs/study          (all of them, three seeds)
-python launch/main.py --config=configs/algorithms.py:gspo --workdir=runs/gspo \
-  --config.model.path=runs/quickstart/sft/hf                    (one of them)
+python launch/main.py --config=configs/algorithms.py --workdir=runs/grpo \
+  --config.model.path=runs/quickstart/sft/hf
+
+runs GRPO, configs/algorithms.py:gspo the algorithm named so, and all of them, on three seeds:
+
+python launch/study.py algorithms --workdir=runs/study
 
 Reinforcement: 30 steps of 32 tasks x 8 runs, each in 4 updates, so that ratios move. Supervised
 learning: 30 steps of 256 texts without mistakes. SETTINGS holds what an algorithm needs besides its

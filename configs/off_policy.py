@@ -1,8 +1,12 @@
 """What rollouts of older policies do to learning, on the quickstart's task.
 
-python launch/study.py staleness --workdir=runs/study            (the whole study, with a plot)
-python launch/main.py --config=configs/off_policy.py:tis,8 --workdir=runs/tis8 \
-  --config.model.path=runs/quickstart/sft/hf                     (one run of it)
+python launch/main.py --config=configs/off_policy.py --workdir=runs/tis8 \
+  --config.model.path=runs/quickstart/sft/hf
+
+runs TIS at a staleness of 8, configs/off_policy.py:ppo,16 the loss and staleness named so. The
+whole study, with a plot:
+
+python launch/study.py staleness --workdir=runs/study
 
 60 steps of 32 tasks x 8 runs, each in 2 updates; every batch was sampled by the policy that was the
 newest one `staleness` steps earlier. All losses see equally many samples. Advantages are GRPO's, so

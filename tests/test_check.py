@@ -13,6 +13,7 @@ import pytest
 
 from trinity_jax import check as check_lib
 from trinity_jax.algorithms.algorithm import make
+from trinity_jax.algorithms.table import TABLE
 from trinity_jax.config import resolve
 from trinity_jax.errors import UserError
 from trinity_jax.memory import memory_per_device
@@ -52,15 +53,28 @@ def qwen(tmp_path) -> str:
   return f"--config.model.path={folder}"
 
 
+def test_every_algorithm_has_a_recipe(qwen):
+  for name, row in TABLE.items():
+    _, values = launching.launcher().parse(
+      ["main.py", f"--config={ROOT / 'configs' / 'algorithms.py'}:{name}", qwen]
+    )
+    config = resolve(values)
+    assert config.algorithm.name == name
+    stage = check_lib.plan(config)  # every key fits its algorithm
+    assert stage.algorithm.supervised == row.supervised
+
+
 def values_of(text: str) -> list[dict[str, str]]:
   return [dict(line.split("  ", 1) for line in stage.splitlines()) for stage in text.split("\n\n")]
 
 
 def test_every_recipe_is_checked(gsm8k, qwen):
   names = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-  assert names == ["gsm8k_grpo", "gsm8k_smoke", "quickstart"]
+  assert names == ["algorithms", "gsm8k_grpo", "gsm8k_smoke", "off_policy", "quickstart"]
+  flags = {"gsm8k_grpo": [*gsm8k, qwen], "gsm8k_smoke": gsm8k, "algorithms": [qwen],
+           "off_policy": [qwen]}  # fmt: skip
   for name in names:
-    extra = {"gsm8k_grpo": [*gsm8k, qwen], "gsm8k_smoke": gsm8k}.get(name, [])
+    extra = flags.get(name, [])
     config = config_of(name, *extra)
     text = check_lib.check(config)
     stages = text.split("\n\n")
@@ -101,8 +115,9 @@ def test_memory_is_that_of_the_shards():
     grid = sharding.make_mesh(**mesh)
     layout = sharding.param_shardings(model, grid)
     programs = check_lib.build.make_programs(c, model, grid, layout, None)
-    spec = pack_spec(c, make("grpo"))
-    return memory_per_device(c, model, grid, layout, programs, spec, reference=False)
+    algorithm = make("grpo", kl_coef=0.0)
+    spec = pack_spec(c, algorithm)
+    return memory_per_device(c, model, grid, layout, programs, spec, algorithm)
 
   one = measure(data=1, devices=jax.devices()[:1])
   assert one["parameters"] == one["published"] == 4 * numbers
@@ -127,8 +142,9 @@ def test_memory_is_that_of_the_shards():
     stage, model, rollout, sharding.param_shardings(model, rollout), None
   )
   layout = sharding.param_shardings(model, train)
-  spec = pack_spec(stage, make("grpo"))
-  apart = memory_per_device(stage, model, train, layout, programs, spec, False)
+  algorithm = make("grpo", kl_coef=0.0)
+  spec = pack_spec(stage, algorithm)
+  apart = memory_per_device(stage, model, train, layout, programs, spec, algorithm)
   there = apart["sampler"] + apart["cache"] + max(apart["sampler"], apart["sampling"])
   here = sum(apart[k] for k in ("parameters", "optimizer", "published", "training"))
   assert apart["peak"] == max(here, there)

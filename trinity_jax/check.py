@@ -148,7 +148,7 @@ def render(stage: Plan) -> str:
   epochs = steps * tasks / len(stage.taskset)
   size = sum(math.prod(s.shape) for s in jax.tree.leaves(params.abstract(model)))
   memory = memory_per_device(
-    config, model, stage.mesh, stage.layout, programs, spec, stage.algorithm.needs_reference
+    config, model, stage.mesh, stage.layout, programs, spec, stage.algorithm
   )
   longest = config.sampler.max_prompt_length + config.sampler.max_response_length
   beyond = longest > model.max_position_embeddings

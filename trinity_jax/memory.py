@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.config import Config
+from trinity_jax.models import hf, sharding
 from trinity_jax.models import params as params_lib
-from trinity_jax.models import sharding
 from trinity_jax.models.presets import ModelConfig
 from trinity_jax.sampler import engine
 from trinity_jax.sampler.programs import Programs
@@ -34,20 +35,20 @@ def memory_per_device(
   layout: Any,
   programs: Programs,
   spec: PackSpec,
-  reference: bool,
+  algorithm: Algorithm,
 ) -> dict[str, int]:
   """Bytes per device.
 
   Args:
     layout: pytree of NamedSharding that mirrors the parameters.
-    reference: whether a reference model is kept.
+    algorithm: which other models it needs.
 
   Returns:
-    parameters, optimizer, published (every version kept), reference, sampler (the rollout weights
-    again, one array a layer), cache (and what else the sampler keeps per slot): kept for the whole
-    stage; training, sampling: within a step; peak: what is kept plus the larger phase. Where
-    samplers have devices of their own, published weights pass through there, and the peak is that
-    of the fuller device.
+    parameters, optimizer, published (every version kept), reference, teacher, critic (with its
+    optimizer), sampler (the rollout weights again, one array a layer), cache (and what else the
+    sampler keeps per slot): kept for the whole stage; training, sampling:
+    within a step; peak: what is kept plus the larger phase. Where samplers have devices of their
+    own, published weights pass through there, and the peak is that of the fuller device.
   """
   numbers = held(params_lib.abstract(model), layout)
   master = numbers * jnp.dtype(config.model.param_dtype).itemsize
@@ -63,7 +64,7 @@ def memory_per_device(
     "parameters": master,
     "optimizer": 0 if config.optimizer.name == "sgd" else 2 * master,
     "published": versions * numbers * rollout,
-    "reference": master if reference else 0,
+    **beside(config, algorithm, model, mesh),
   }
   sample = {"sampler": own, "cache": cache}
   # The float32 sum over micro-batches, and one micro-batch's gradient.
@@ -75,6 +76,29 @@ def memory_per_device(
   else:
     peak = kept + kept_there + max(training, within)
   return {**train, **sample, "training": training, "sampling": within, "peak": peak}
+
+
+def beside(
+  config: Config, algorithm: Algorithm, model: ModelConfig, mesh: Mesh
+) -> dict[str, int]:
+  """Bytes on one device of the models beside the policy; 0 where there is none.
+
+  With algorithm.offload a frozen model is on the devices only while it is evaluated, as if it were
+  kept: that it shares the time with nothing but activations is not counted.
+  """
+
+  def size(folder: str) -> int:
+    other = hf.load_config(folder) if folder else model
+    numbers = held(params_lib.abstract(other), sharding.param_shardings(other, mesh))
+    return numbers * jnp.dtype(config.model.param_dtype).itemsize
+
+  c = config.algorithm
+  critic = size(config.critic.path) if algorithm.needs_critic else 0
+  return {
+    "reference": size(c.reference) if algorithm.needs_reference else 0,
+    "teacher": size(c.teacher) if algorithm.needs_teacher and c.teacher else 0,
+    "critic": critic * (1 if config.optimizer.name == "sgd" else 3),
+  }
 
 
 def held(specs: Any, layout: Any) -> int:

@@ -178,8 +178,8 @@ TABLE: dict[str, Row] = {
     correction="icepop", proximal="recompute",
   ),
   "decoupled_ppo": _row(
-    f"min(prox/old, C) x clip of p/prox, {_GROUP}", "arXiv 2505.24298", "grpo", correction="token_tis",
-    proximal="recompute",
+    f"min(prox/old, C) x clip of p/prox, {_GROUP}", "arXiv 2505.24298", "grpo",
+    correction="token_tis", proximal="recompute",
   ),
   "a3po": _row(
     f"min(prox/old, C) x clip of p/prox, prox between old and p, {_GROUP}", "arXiv 2512.06547",

@@ -128,7 +128,7 @@ _TEXT: dict[str, str] = {
     returns* | reward | return per token trained on
     pg_masked | fraction | tokens that the loss left out
     pg_sequence_masked | fraction | tokens of sequences that the loss left out
-    sequence_ratio/mean | ratio | policy / behaviour probability of whole sequences, as the loss has it
+    sequence_ratio/mean | ratio | of whole sequences, as the loss has it
     sequence_ratio/max | ratio | its largest
     dppo/masked | fraction | tokens outside of the trust region and on their way out
     dppo/masked_high | fraction | of these, upwards
