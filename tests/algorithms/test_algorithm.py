@@ -244,7 +244,10 @@ def test_rendered_table_names_every_algorithm():
   assert len({line.count("|") for line in lines}) == 1  # no formula breaks a cell
   for name in algorithms.TABLE:
     assert f"| {name} |" in text
-  assert "clip_high=0.2" in text and "groups, reference" in text
+  assert "clip_high=0.28" in text and "groups, reference" in text
+  pieces = algorithms.render_pieces()
+  assert "| policy loss | ppo | clip_low=0.2, clip_high=0.2" in pieces
+  assert "| correction | icepop |" in pieces and "| kl | k1 | - |" in pieces
 
 
 def test_registries_are_documented_functions():

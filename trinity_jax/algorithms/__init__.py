@@ -26,7 +26,13 @@ from trinity_jax.algorithms import aggregation as _aggregation
 from trinity_jax.algorithms import stats
 from trinity_jax.algorithms.advantages import ADVANTAGES, to_tokens
 from trinity_jax.algorithms.aggregation import MODES, weights
-from trinity_jax.algorithms.algorithm import Algorithm, make, policy_terms, render_table
+from trinity_jax.algorithms.algorithm import (
+  Algorithm,
+  make,
+  policy_terms,
+  render_pieces,
+  render_table,
+)
 from trinity_jax.algorithms.kl import KLS
 from trinity_jax.algorithms.numerics import rows
 from trinity_jax.algorithms.parts import INPUTS, per_sequence, resolve, whole_step
@@ -45,6 +51,7 @@ __all__ = [
   "make",
   "per_sequence",
   "policy_loss",
+  "render_pieces",
   "render_table",
   "stats",
   "to_tokens",

@@ -363,8 +363,8 @@ def _proximal(config: AlgorithmConfig, row: Row, loss: Part, correction: Part | 
 
 
 def render_table() -> str:
-  """Returns TABLE as markdown: name, formula, pieces, what it needs, default options, paper."""
-  titles = "name,loss per token,advantage,policy loss,KL,aggregation,needs,options,paper".split(",")
+  """Returns TABLE as markdown: name, formula, pieces, what it needs, options it sets, paper."""
+  titles = "name,loss per token,advantage,policy loss,KL,aggregation,needs,sets,paper".split(",")
   lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
   for name, row in TABLE.items():
     a = make(name)
@@ -382,19 +382,31 @@ def render_table() -> str:
       )
       if needed
     ] + sorted(a.schema)
-    kl = f"{a.kl_coef:g} x {a.kl.name}" if a.kl_coef else "none"
-    options = ", ".join(_options(a.advantage) + _options(a.policy_loss))
+    kl = f"{a.kl_coef:g} x {a.kl.name} in the {a.kl_in}" if a.kl_coef else "none"
+    sets = {**row.advantage_args, **row.policy_loss_args, **row.correction_args}
+    if a.correction is not None:
+      sets |= {"correction": a.correction.name, "proximal": a.proximal}
     lines.append(
       f"| {name} | {row.formula} | {a.advantage.name} | {a.policy_loss.name} | {kl} "
-      f"| {a.aggregation} | {', '.join(needs) or 'rewards'} | {options or '-'} | {row.paper} |"
+      f"| {a.aggregation} | {', '.join(needs) or 'rewards'} "
+      f"| {', '.join(f'{k}={v}' for k, v in sets.items()) or '-'} | {row.paper} |"
     )
   return "\n".join(lines) + "\n"
 
 
-def _options(part: Part) -> list[str]:
-  parameters = inspect.signature(part.function).parameters.values()
-  return [
-    f"{p.name}={part.options.get(p.name, p.default)}"
-    for p in parameters
-    if p.kind is p.KEYWORD_ONLY
-  ]
+def render_pieces() -> str:
+  """Returns every piece as markdown: its kind, its name, its options with their defaults."""
+  lines = ["| kind | name | options |", "|---|---|---|"]
+  for kind, registry in (
+    ("advantage", ADVANTAGES),
+    ("policy loss", POLICY_LOSSES),
+    ("correction", CORRECTIONS),
+    ("kl", KLS),
+    ("entropy", ENTROPIES),
+    ("blend", BLENDS),
+  ):
+    for name, function in registry.items():
+      parameters = inspect.signature(function).parameters.values()
+      options = [f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
+      lines.append(f"| {kind} | {name} | {', '.join(options) or '-'} |")
+  return "\n".join(lines) + "\n"
