@@ -122,16 +122,19 @@ def run_split(part, arrays):
   there = _named(arrays)
   there |= part.before_split(prox_logprob=arrays["logprob"], **there)
   per_token = [k for k in there if jnp.ndim(there[k]) == 3]
-  losses, grads, merged = [], [], None
-  for i in range(arrays["mask"].shape[0]):
-    micro = there | {k: there[k][i] for k in per_token}
+
+  def micro(x):
+    mine, logprob, cotangent = x
     value, vjp, out = jax.vjp(
-      lambda x, micro=micro: part(**micro | {"logprob": x}), arrays["logprob"][i], has_aux=True
+      lambda y: part(**there | mine | {"logprob": y}), logprob, has_aux=True
     )
-    losses.append(value)
-    grads.append(vjp(arrays["cotangent"][i].astype(value.dtype))[0])
-    merged = out if merged is None else stats.merge(merged, out)
-  return jnp.stack(losses), jnp.stack(grads), stats.finish(merged)
+    return value, vjp(cotangent.astype(value.dtype))[0], out
+
+  loss, grad, parts = jax.lax.map(
+    micro, ({k: there[k] for k in per_token}, arrays["logprob"], arrays["cotangent"])
+  )
+  split = [jax.tree.map(lambda x, i=i: x[i], parts) for i in range(loss.shape[0])]
+  return loss, grad, stats.finish(functools.reduce(stats.merge, split))
 
 
 def run_all(arrays, cases=CASES):
