@@ -168,7 +168,7 @@ def gspo(
   """max(-A s, -A clip(s, 1 - clip_low, 1 + clip_high)), s = exp(mean_t(logprob - old)).
 
   Every token of a sequence has its sequence's s, differentiated through all of them: GSPO, arXiv
-  2507.18071, eq. 5 and 7. With aggregation seq-mean-token-mean the loss is the paper's.
+  2507.18071. With aggregation seq-mean-token-mean the loss is the paper's.
 
   Args:
     logprob, old_logprob, advantages, mask: see ppo.
@@ -199,7 +199,7 @@ def gspo_token(
 ) -> Loss:
   """`gspo` with s_t = sg(s) e^(logprob - sg(logprob)): the sequence's ratio, a token's gradient.
 
-  arXiv 2507.18071, eq. 13 and 14. Equal to `gspo` in value, and, where a sequence's advantages are
+  arXiv 2507.18071. Equal to `gspo` in value, and, where a sequence's advantages are
   equal, in gradient under seq-mean-token-mean; it differs where they are not.
 
   Args and raises: see gspo.

@@ -61,9 +61,9 @@ def cispo(
   mask_low: float | None = None,
   mask_high: float | None = None,
 ) -> Loss:
-  """-A sg(clip(r, 1 - clip_low, 1 + clip_high)) logprob. CISPO, arXiv 2506.13585, eq. 4 and 5.
+  """-A sg(clip(r, 1 - clip_low, 1 + clip_high)) logprob. CISPO, arXiv 2506.13585.
 
-  No token loses its gradient, unless a mask is asked for (eq. 7 there): then the loss is 0 where
+  No token loses its gradient, unless a mask is asked for: then the loss is 0 where
   A > 0 and r > 1 + mask_high, and where A < 0 and r < 1 - mask_low.
 
   Args:
@@ -137,7 +137,7 @@ def topr(
   """-w A logprob, w = sg(min(1, pi(y) / mu(y))) where A <= threshold (a bad sequence), else 1.
 
   pi(y) / mu(y) = exp(sum_t(logprob - old)), the ratio of whole responses: TOPR, arXiv 2503.14286,
-  eq. 6 and 7 with the parameters that the paper recommends. Its "advantage" is the reward, negative
+  with the truncation to [0, 1] that the paper recommends. Its "advantage" is the reward, negative
   for a failure.
 
   Args:
