@@ -49,10 +49,17 @@ perf: $(VENV)/.dev
 	$(PY) launch/perf.py step --json=runs/perf_step.json
 	$(PY) launch/perf.py sampler --json=runs/perf_sampler.json
 
-# Programs compiled ahead of time for TPU targets on any machine.
-aot-check: $(VENV)/.dev
+# Programs compiled ahead of time for TPUs and an H100 on any machine. jax's CUDA compiler lies beside
+# the environment, where it is seen by these tests only: a program without a GPU would warn of it.
+CUDA := $(VENV)/cuda
+aot-check: $(CUDA)/.installed
 	$(PY) -m pip install --quiet --editable '.[plan]'
-	$(PY) -m pytest -m aot tests
+	PYTHONPATH=$(CUDA) $(PY) -m pytest -m aot tests
+
+$(CUDA)/.installed: $(VENV)/.dev
+	version=$$($(PY) -c 'import jax; print(jax.__version__)') && $(PY) -m pip install --quiet \
+	  --upgrade --no-deps --target $(CUDA) jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	touch $@
 
 # What a GPU machine can check with the packages it has.
 gpu-check:
