@@ -253,3 +253,95 @@ def test_rendered_table_names_every_algorithm():
 def test_registries_are_documented_functions():
   for name, f in POLICY_LOSSES.items():
     assert f.__doc__, name
+
+
+def packed_step(**more):
+  """One row of two sequences: [1, 1, 4]."""
+  arrays = {
+    "mask": np.array([[[True, True, True, False]]]), "sequence_index": np.array([[[0, 0, 1, 0]]]),
+    "num_sequences": 2, "valid": np.array([True, True]), "group_ids": np.array([0, 0]),
+    "rewards": np.array([1.0, 2.0]), "step": 3, "key": jax.random.key(0),
+    "old_logprob": np.array([[[-1.0, -2.0, -1.5, np.nan]]]),
+    "ref_logprob": np.array([[[-1.5, -2.0, -0.5, np.inf]]]),
+  }  # fmt: skip
+  return arrays | more
+
+
+def test_kl_in_the_reward():
+  """k1 = old - ref: 0.5, 0, -1; coefficient 0.1: rewards 1 - 0.05 and 2 + 0.1."""
+  a = algorithms.make("rloo", kl="k1", kl_coef=0.1, kl_in="reward")
+  whole, out = a.before_split(num_groups=2, max_length=4, **packed_step())
+  np.testing.assert_allclose(whole["advantages"], [[[-1.15, -1.15, 1.15, 0]]], rtol=1e-5)
+  np.testing.assert_allclose(stats.finish(out)["kl"], -0.5 / 3, rtol=1e-5)
+  tripled, _ = a.before_split(num_groups=2, max_length=4, kl_coef=0.3, **packed_step())
+  np.testing.assert_allclose(tripled["advantages"][0, 0, 2], 1.45, rtol=1e-5)
+  # What is in the reward is not in the loss as well.
+  x = jnp.zeros((1, 2))
+  _, terms, _ = a.token_loss(logprob=x, old_logprob=x, ref_logprob=x, advantages=x,
+                             mask=jnp.ones((1, 2), bool), sequence_index=jnp.zeros((1, 2), int),
+                             num_sequences=1)  # fmt: skip
+  assert terms.keys() == {"pg_loss"}
+  tokens = algorithms.make("reinforceplusplus", kl_coef=0.1)
+  rewards = np.array([[[0.0, 1.0, 2.0, np.nan]]])
+  whole, _ = tokens.before_split(num_groups=2, max_length=4, **packed_step(token_rewards=rewards))
+  returns = np.array([0.95, 1.0, 2.1])  # less 0.05 at the first, 0.1 more at the last
+  np.testing.assert_allclose(
+    whole["advantages"][0, 0, :3], (returns - returns.mean()) / returns.std(ddof=1), rtol=1e-4
+  )
+
+
+def test_sign_turned():
+  a, b = (algorithms.make("grpo", flip_advantages=flip) for flip in (False, True))
+  x, y = (f.before_split(num_groups=2, max_length=4, **packed_step())[0] for f in (a, b))
+  assert np.any(x["advantages"]) and np.array_equal(x["advantages"], -y["advantages"])
+
+
+@pytest.mark.parametrize("proximal", ["recompute", "loglinear"])
+def test_ratios_against_a_policy_between(proximal):
+  """Staleness 4: loglinear prox = old + 3/4 (p - old); weight prox / old; ratio p / prox."""
+  a = algorithms.make("a3po", proximal=proximal, correction_args={"cap": 1.5})
+  old = jnp.array([[-1.0, -1.0]])
+  new = old + jnp.array([[0.4, 0.8]])
+  share = {"recompute": 1.0, "loglinear": 0.75}[proximal]
+  inputs = dict(
+    old_logprob=old, advantages=jnp.ones((1, 2)), mask=jnp.ones((1, 2), bool),
+    versions=jnp.array([[1, 1]]), step=5, sequence_index=jnp.zeros((1, 2), int), num_sequences=1,
+  )  # fmt: skip
+  loss, vjp = jax.vjp(lambda x: a.token_loss(logprob=x, **inputs)[0], new)
+  weight = np.minimum(np.exp(share * (new - old)), 1.5)
+  ratio = np.exp((1 - share) * (new - old))
+  assert (ratio < 1.2218).all()
+  clipped = np.minimum(ratio, 1.2)
+  np.testing.assert_allclose(loss, -weight * clipped, rtol=1e-5)
+  np.testing.assert_allclose(
+    vjp(jnp.ones((1, 2)))[0], np.where(ratio <= 1.2, -weight * ratio, 0), rtol=1e-5
+  )
+  # Of several updates the later ones are compared with the policy before the first.
+  if proximal == "recompute":
+    moved = a.token_loss(logprob=new, prox_logprob=old, **inputs)[0]
+    np.testing.assert_allclose(moved, -1.2 * np.ones((1, 2)), rtol=1e-5)
+
+
+def test_a_correction_and_a_ratio_do_not_count_twice():
+  assert algorithms.make("grpo", correction="token_tis").proximal == "recompute"
+  assert algorithms.make("tis").proximal == "none"  # its loss has no ratio
+  with pytest.raises(UserError, match="proximal = 'none' with correction 'token_tis'"):
+    algorithms.make("grpo", correction="token_tis", proximal="none")
+  assert algorithms.make("reinforce", correction="icepop").uses_ratio
+
+
+def test_experts_share():
+  """mu = 0.25: the rollouts' mean has weight 0.75, the expert's 0.25, whatever their lengths."""
+  a = algorithms.make("mix", blend_args={"mu": 0.25}, kl_coef=0.0)
+  experts = np.array([False, True])
+  arrays = packed_step(experts=experts, is_expert=np.array([[[False, False, True, False]]]))
+  whole, out = a.before_split(num_groups=2, max_length=4, **arrays)
+  np.testing.assert_allclose(whole["weights"], [[[0.375, 0.375, 0.25, 0]]])
+  # The expert is no member of its group: what remains is a group of one, with mean 0 and std 1.
+  np.testing.assert_allclose(whole["advantages"], [[[1, 1, 0, 0]]], rtol=1e-5)
+  assert stats.finish(out)["blend/mu"] == 0.25
+  chord = algorithms.make("mix_chord", blend_args=dict(peak=0.8, valley=0.2, warmup=4, decay=4))
+  shares = [float(chord.blend(step=jnp.asarray(s))) for s in (0, 2, 4, 6, 8, 99)]
+  np.testing.assert_allclose(shares, [0, 0.4, 0.8, 0.5, 0.2, 0.2], atol=1e-6)
+  with pytest.raises(UserError, match=r"blend: mu = 1.5: expected a share in \[0, 1\]"):
+    algorithms.make("mix", blend_args={"mu": 1.5}).blend(step=jnp.asarray(0))

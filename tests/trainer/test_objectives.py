@@ -321,3 +321,18 @@ def test_shapes_of_a_config():
   assert pack_spec(config, make("mix")) == PackSpec((16,), 2, 14)
   assert pack_spec(config, make("grpo")) == PackSpec((16,), 2, 12)
   assert pack_spec(config, make("dpo")) == PackSpec((32,), 2, 12)  # a pair shares a row
+
+
+def test_a_critic_survives_a_checkpoint(tools, tmp_path):
+  from trinity_jax.trainer.checkpoint import Checkpointer
+
+  trainer, experiences = make_trainer(tools, "ppo"), tools.make_experiences()
+  trainer.step(experiences)
+  checkpoints = Checkpointer(tmp_path, keep=1)
+  checkpoints.save(1, trainer.state, {})
+  trainer.step(experiences)
+  after = jax.device_get(trainer.state)
+  restored, _ = checkpoints.restore(1, trainer.state)
+  trainer.load_state(restored)
+  trainer.step(experiences)
+  assert same(trainer.state, after) and trainer.step_number == 2
