@@ -57,12 +57,12 @@ def timed(f: Callable[[], Any], repeats: int) -> tuple[float, float]:
   return statistics.median(seconds), min(seconds)
 
 
-def matmul_rate(repeats: int, n: int = 2048) -> float:
-  """The machine's own fp32 rate in GFLOP/s, best of the repeats of one n x n x n product."""
+def matmul_rate(repeats: int, n: int = 2048, dtype: str = "float32") -> float:
+  """The machine's own rate in GFLOP/s, best of the repeats of one n x n x n product."""
   import jax
   import jax.numpy as jnp
 
-  x = jnp.ones((n, n), jnp.float32)
+  x = jnp.ones((n, n), dtype)
   f = jax.jit(lambda a, b: a @ b)
   f(x, x).block_until_ready()
   _, best = timed(lambda: f(x, x).block_until_ready(), max(repeats, 8))

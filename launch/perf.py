@@ -8,6 +8,9 @@ Names:
            roofline, the host's share, group prefill, multi-turn; beside peers as above
   decode   decode steps of a published architecture (--preset) with random weights: the share of
            the memory's rate that a GPU or TPU reaches
+  loss     loss and gradients over a large vocabulary (--tokens, --width, --vocabularies): the
+           general operator and the fused path beside naive JAX and torch, time and temporaries,
+           with nothing and with 80 % masked
 
 Every figure is a median over repeats with the minimum beside it; compilation is reported apart. A
 ratio compares two figures of the same run. Rows of --json: name, value, unit, ratio_to, ratio.
@@ -24,6 +27,7 @@ from pathlib import Path
 from absl import app, flags
 from benchmark import CPU_DEVICES, Row
 from perf_decode import bench_decode
+from perf_loss import bench_loss
 from perf_sampler import bench_sampler
 from perf_step import bench_half, bench_step
 
@@ -34,6 +38,7 @@ COMMANDS: dict[str, Callable[[], list[Row]]] = {
   "half": bench_half,
   "sampler": bench_sampler,
   "decode": bench_decode,
+  "loss": bench_loss,
 }
 
 

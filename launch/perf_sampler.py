@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,9 @@ class Bench:
 
 
 def bench_sampler() -> list[Row]:
+  unknown = [part for part in PARTS.value if part not in COMMANDS]
+  if unknown:
+    sys.exit(f"error: --parts {', '.join(unknown)}: no such part; known: {', '.join(COMMANDS)}")
   rows: list[Row] = [Row("matmul", matmul_rate(REPEATS.value), "GFLOP/s"), copy_rate()]
   with model_folders() as folder:
     for size in SIZES_FLAG.value:

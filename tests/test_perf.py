@@ -1,0 +1,39 @@
+"""launch/perf.py: that its smallest runs run, and what it says of wrong names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PERF = Path(__file__).parents[1] / "launch" / "perf.py"
+
+
+def perf(*args):
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, str(PERF), *map(str, args)]
+  return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_loss(tmp_path):
+  path = tmp_path / "rows.json"
+  sizes = ["--tokens=160", "--width=8", "--vocabularies=60000", "--repeats=1"]
+  done = perf("loss", *sizes, f"--json={path}")
+  assert done.returncode == 0, done.stderr
+  rows = {r["name"]: r for r in json.loads(path.read_text())}
+  for method in ("naive", "general", "fused"):
+    for what in ("compile", "temporaries", "time", "rate", "masked_iid", "masked_runs"):
+      assert rows[f"60000/{method}/{what}"]["value"] > 0
+  assert rows["60000/general/temporaries"]["ratio_to"] == "60000/naive/temporaries"
+  assert rows["60000/general/temporaries"]["ratio"] < 1 / 8
+  assert rows["60000/fused/masked_runs"]["ratio_to"] == "60000/fused/time"
+  assert "| 60000/fused/time |" in done.stdout
+
+
+def test_unknown_names():
+  done = perf("sampler", "--parts=equal,foo")
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: --parts foo: no such part; known: equal, tail,")
+  assert "error: name one of: step, half, sampler, decode, loss" in perf("nothing").stderr
