@@ -328,6 +328,8 @@ def test_a_correction_and_a_ratio_do_not_count_twice():
   with pytest.raises(UserError, match="proximal = 'none' with correction 'token_tis'"):
     algorithms.make("grpo", correction="token_tis", proximal="none")
   assert algorithms.make("reinforce", correction="icepop").uses_ratio
+  with pytest.raises(UserError, match="policy loss 'm2po' picks tokens by their ratio"):
+    algorithms.make("m2po", correction="token_tis")
 
 
 def test_experts_share():

@@ -358,7 +358,12 @@ def _proximal(config: AlgorithmConfig, row: Row, loss: Part, correction: Part | 
         f"algorithm.proximal = 'none' with correction {correction.name!r}: policy loss "
         f"{loss.name!r} has a ratio to the same log-probs already; use 'recompute' or 'loglinear'"
       )
-    return "recompute"
+    named = "recompute"
+  if named != "none" and any("old_logprob" in c.inputs for c in loss.companions.values()):
+    raise UserError(
+      f"algorithm.proximal = {named!r}: policy loss {loss.name!r} picks tokens by their ratio to the "
+      "policy that sampled; use proximal='none' and no correction"
+    )
   return named
 
 
