@@ -126,15 +126,6 @@ def backward(
   )
   uses = tuple(c is not None for c in cotangents)
   D = hidden.shape[1]
-  d_hidden = shape.call(
-    functools.partial(_d_hidden_kernel, shape=shape, softcap=softcap, uses=uses),
-    name="linear_logprob_d_hidden",
-    grid=(shape.row_blocks, shape.column_blocks),
-    in_specs=[shape.per_row(1), shape.per_row(_STATS), shape.hidden(), shape.weight()],
-    out_specs=shape.hidden(),
-    out_shape=jax.ShapeDtypeStruct((shape.row_blocks * tile.rows, D), hidden.dtype),
-    scratch_shapes=[pltpu.VMEM((tile.rows, D), jnp.float32)],
-  )(*args)
   turn = lambda spec: pl.BlockSpec(spec.block_shape, lambda j, i, n: spec.index_map(i, j, n))
   d_weight = shape.call(
     functools.partial(_d_weight_kernel, shape=shape, softcap=softcap, uses=uses),
@@ -149,6 +140,18 @@ def backward(
     out_shape=jax.ShapeDtypeStruct(shape.turned(weight.shape), weight.dtype),
     scratch_shapes=[pltpu.VMEM(shape.turned((D, tile.columns)), jnp.float32)],
   )(*args)  # fmt: skip
+  # In this order, so that the compacted rows are gone when d_hidden is put back in place.
+  *head, rows, laid = args
+  rows, d_weight = jax.lax.optimization_barrier((rows, d_weight))
+  d_hidden = shape.call(
+    functools.partial(_d_hidden_kernel, shape=shape, softcap=softcap, uses=uses),
+    name="linear_logprob_d_hidden",
+    grid=(shape.row_blocks, shape.column_blocks),
+    in_specs=[shape.per_row(1), shape.per_row(_STATS), shape.hidden(), shape.weight()],
+    out_specs=shape.hidden(),
+    out_shape=jax.ShapeDtypeStruct((shape.row_blocks * tile.rows, D), hidden.dtype),
+    scratch_shapes=[pltpu.VMEM((tile.rows, D), jnp.float32)],
+  )(*head, rows, laid)
   return _put(plan, d_hidden), shape.laid(d_weight)
 
 

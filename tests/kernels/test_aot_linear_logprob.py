@@ -6,6 +6,8 @@ rows, D = 4096, V = 151936, bfloat16, forward and backward, on one device and on
 
 from __future__ import annotations
 
+import functools
+
 import aot
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,7 @@ def fused(hidden, weight, targets, mask):
   ]
 
 
+@functools.cache
 def temporaries(target, sizes, loss, kernels=None) -> int:
   """Bytes on each device of value and gradient, split as the trainer splits them."""
   found = np.array(aot.devices(target)[: np.prod(sizes)]).reshape(sizes)
@@ -73,7 +76,7 @@ def exchanged(sizes) -> int:
   return summed + gathered + rows
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 4), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize("target", [*aot.TPUS, aot.H100])
 def test_temporaries_of_the_loss(target, sizes):
   tpu = target != aot.H100
@@ -95,7 +98,7 @@ def test_other_ways_to_the_loss(target, loss):
 
 
 @pytest.mark.parametrize("target", aot.TPUS)
-@pytest.mark.parametrize("width", [896, 1536, 5120, 8192])
+@pytest.mark.parametrize("width", [896, 8192])
 def test_other_widths_compile(target, width):
   """Tiles of each chip's own memory, too."""
   from trinity_jax.kernels.linear_logprob import pallas_tpu

@@ -33,7 +33,5 @@ def devices(target: str):
     return topologies.get_topology_desc(platform="tpu", topology_name=target).devices
   pytest.importorskip("jax_cuda12_plugin", reason=f"jax-cuda12-plugin is not installed {installs}")
   description = (Path(__file__).parent / "h100.textproto").read_text()
-  found = topologies.get_topology_desc(
-    platform="cuda", target_config=description, topology="1x1x4"
-  )
+  found = topologies.get_topology_desc(platform="cuda", target_config=description, topology="1x1x4")
   return found.devices
