@@ -8,7 +8,7 @@ whole study, with a plot:
 
 python launch/study.py staleness --workdir=runs/study
 
-60 steps of 32 tasks x 8 runs, each in 2 updates; every batch was sampled by the policy that was the
+40 steps of 32 tasks x 8 runs, each in 2 updates; every batch was sampled by the policy that was the
 newest one `staleness` steps earlier. All losses see equally many samples. Advantages are GRPO's, so
 that the losses differ in nothing but what they do about the age of the data.
 
@@ -50,7 +50,7 @@ def get_config(which="tis,8"):
   c.sampler.prefill_batches, c.sampler.prompt_buckets = (32,), (9,)
   c.sampler.cache_buckets = (13,)
   c.trainer.row_lengths, c.trainer.rows_per_micro = (13,), 128
-  c.trainer.total_steps, c.trainer.minibatches, c.trainer.save_interval = 60, 2, 60
+  c.trainer.total_steps, c.trainer.minibatches, c.trainer.save_interval = 40, 2, 40
   c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.beta2 = 4e-4, 3, 0.98
   c.eval.on_start = False
   c.eval.tasksets = (

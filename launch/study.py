@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def execute(config: Any, workdir: Path) -> dict[str, Any]:
 
 def sft_checkpoint(workdir: Path) -> tuple[str, float]:
   """(folder, held-out accuracy) of the quickstart's SFT stage, seed 0."""
-  config = load_config(str(CONFIGS / "quickstart.py"))
+  config: Any = load_config(str(CONFIGS / "quickstart.py"))
   config.stages = config.stages[:1]
   summary = execute(config, workdir / "sft")
   return summary["model"], summary["accuracy_final"]
@@ -82,7 +82,7 @@ def algorithms(workdir: Path) -> list[dict[str, Any]]:
 
 def one_run(workdir: Path, name: str, model: str, seed: int, flip: bool = False) -> Path:
   """The folder of a finished run of configs/algorithms.py."""
-  config = load_config(f"{CONFIGS / 'algorithms.py'}:{name}")
+  config: Any = load_config(f"{CONFIGS / 'algorithms.py'}:{name}")
   config.model.path, config.seed = model, seed
   config.eval.on_start = TABLE[name].supervised
   if make(name).needs_teacher:
@@ -105,7 +105,7 @@ def held_out_loss(folder: Path) -> tuple[float, float]:
   return losses[0], losses[-1]
 
 
-def algorithms_table(rows: list[Mapping[str, Any]]) -> str:
+def algorithms_table(rows: Sequence[Mapping[str, Any]]) -> str:
   titles = ("algorithm", "before", "after, by seed", "sign turned", "learned")
   lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
   for r in rows:
@@ -135,7 +135,7 @@ def staleness(workdir: Path) -> list[dict[str, Any]]:
     for lag in constants["STALENESS"]:
       after, curves = [], []
       for seed in _SEEDS.value:
-        config = load_config(f"{CONFIGS / 'off_policy.py'}:{loss},{lag}")
+        config: Any = load_config(f"{CONFIGS / 'off_policy.py'}:{loss},{lag}")
         config.model.path, config.seed = model, int(seed)
         folder = workdir / "staleness" / f"{loss}-{lag}-{seed}"
         after.append(execute(config, folder)["accuracy_final"])
@@ -148,7 +148,7 @@ def staleness(workdir: Path) -> list[dict[str, Any]]:
   return rows
 
 
-def staleness_table(rows: list[Mapping[str, Any]]) -> str:
+def staleness_table(rows: Sequence[Mapping[str, Any]]) -> str:
   lags = sorted({r["staleness"] for r in rows})
   lines = ["| loss | " + " | ".join(f"staleness {n}" for n in lags) + " |",
            "|---" * (1 + len(lags)) + "|"]  # fmt: skip
@@ -161,7 +161,7 @@ def staleness_table(rows: list[Mapping[str, Any]]) -> str:
   return "\n".join(lines)
 
 
-def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
   """Held-out accuracy over staleness: median of the seeds, and their range."""
   import matplotlib
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trinity_jax.algorithms.algorithm import render_pieces, render_table
+from trinity_jax.algorithms.listing import render_pieces, render_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
 def test_table_of_algorithms_is_the_rendered_one():
-  assert render_pieces() in TEXT, "paste algorithms.algorithm.render_pieces() into README.md"
-  assert render_table() in TEXT, "paste algorithms.algorithm.render_table() into README.md"
+  assert render_pieces() in TEXT, "paste algorithms.listing.render_pieces() into README.md"
+  assert render_table() in TEXT, "paste algorithms.listing.render_table() into README.md"
 
 
 def test_links_files_and_targets_exist():

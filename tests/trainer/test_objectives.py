@@ -25,6 +25,14 @@ from trinity_jax.trainer.packing import PackSpec, assign_rows, pack
 from trinity_jax.trainer.trainer import Trainer, pack_spec
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(monkeypatch):
+  """Half the compile time; what LLVM makes of a program is not looked at here."""
+  full = jax.stages.Lowered.compile
+  options = {"xla_backend_optimization_level": 0}
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda x: full(x, compiler_options=options))
+
+
 def make_trainer(tools, algorithm, mesh=(1, 1, 1), **sets):
   c = base_config()
   c.model.tiny = dict(hidden=32)

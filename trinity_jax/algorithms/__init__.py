@@ -26,14 +26,9 @@ from trinity_jax.algorithms import aggregation as _aggregation
 from trinity_jax.algorithms import stats
 from trinity_jax.algorithms.advantages import ADVANTAGES, to_tokens
 from trinity_jax.algorithms.aggregation import MODES, weights
-from trinity_jax.algorithms.algorithm import (
-  Algorithm,
-  make,
-  policy_terms,
-  render_pieces,
-  render_table,
-)
+from trinity_jax.algorithms.algorithm import Algorithm, make, policy_terms
 from trinity_jax.algorithms.kl import KLS
+from trinity_jax.algorithms.listing import render_pieces, render_table
 from trinity_jax.algorithms.numerics import rows
 from trinity_jax.algorithms.parts import INPUTS, per_sequence, resolve, whole_step
 from trinity_jax.algorithms.policy_losses import POLICY_LOSSES

@@ -6,7 +6,6 @@ A user's own function is named as 'module:function' wherever a config names a pi
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -193,6 +192,10 @@ class Algorithm(NamedTuple):
   def _ratios(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], jax.Array | None]:
     """(inputs whose old_logprob is the proximal policy's, log of the correction's weights)."""
     old = inputs.get("old_logprob")
+    if self.correction is None and self.proximal == "none":
+      return inputs, None
+    if old is None:
+      raise UserError(f"algorithm {self.name!r} reads old_logprob, which was not given")
     current = jax.lax.stop_gradient(inputs["logprob"])
     if self.proximal == "recompute":
       # One update takes the whole batch unless prox_logprob says otherwise.
@@ -201,7 +204,7 @@ class Algorithm(NamedTuple):
     elif self.proximal == "loglinear":
       proximal = loglinear(current, old, inputs["versions"], inputs["step"], inputs["mask"])
     else:
-      return inputs, None if self.correction is None else current - old
+      return inputs, current - old
     log_weight = None if self.correction is None else proximal - old
     return inputs | {"old_logprob": proximal}, log_weight
 
@@ -361,57 +364,7 @@ def _proximal(config: AlgorithmConfig, row: Row, loss: Part, correction: Part | 
     named = "recompute"
   if named != "none" and any("old_logprob" in c.inputs for c in loss.companions.values()):
     raise UserError(
-      f"algorithm.proximal = {named!r}: policy loss {loss.name!r} picks tokens by their ratio to the "
-      "policy that sampled; use proximal='none' and no correction"
+      f"algorithm.proximal = {named!r}: policy loss {loss.name!r} picks tokens by their ratio to "
+      "the policy that sampled; use proximal='none' and no correction"
     )
   return named
-
-
-def render_table() -> str:
-  """Returns TABLE as markdown: name, formula, pieces, what it needs, options it sets, paper."""
-  titles = "name,loss per token,advantage,policy loss,KL,aggregation,needs,sets,paper".split(",")
-  lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-  for name, row in TABLE.items():
-    a = make(name)
-    needs = [
-      word
-      for word, needed in (
-        (a.data, a.supervised),
-        ("groups", a.needs_group),
-        ("reference", a.needs_reference),
-        ("teacher", a.needs_teacher),
-        ("critic", a.needs_critic),
-        ("greedy run", a.needs_greedy),
-        ("demonstrations beside rollouts", a.blend is not None),
-        ("a forward pass before the step", bool(a.scores)),
-      )
-      if needed
-    ] + sorted(a.schema)
-    kl = f"{a.kl_coef:g} x {a.kl.name} in the {a.kl_in}" if a.kl_coef else "none"
-    sets = {**row.advantage_args, **row.policy_loss_args, **row.correction_args}
-    if a.correction is not None:
-      sets |= {"correction": a.correction.name, "proximal": a.proximal}
-    lines.append(
-      f"| {name} | {row.formula} | {a.advantage.name} | {a.policy_loss.name} | {kl} "
-      f"| {a.aggregation} | {', '.join(needs) or 'rewards'} "
-      f"| {', '.join(f'{k}={v}' for k, v in sets.items()) or '-'} | {row.paper} |"
-    )
-  return "\n".join(lines) + "\n"
-
-
-def render_pieces() -> str:
-  """Returns every piece as markdown: its kind, its name, its options with their defaults."""
-  lines = ["| kind | name | options |", "|---|---|---|"]
-  for kind, registry in (
-    ("advantage", ADVANTAGES),
-    ("policy loss", POLICY_LOSSES),
-    ("correction", CORRECTIONS),
-    ("kl", KLS),
-    ("entropy", ENTROPIES),
-    ("blend", BLENDS),
-  ):
-    for name, function in registry.items():
-      parameters = inspect.signature(function).parameters.values()
-      options = [f"{p.name}={p.default}" for p in parameters if p.kind is p.KEYWORD_ONLY]
-      lines.append(f"| {kind} | {name} | {', '.join(options) or '-'} |")
-  return "\n".join(lines) + "\n"

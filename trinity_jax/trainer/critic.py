@@ -6,7 +6,7 @@ Axis letters: M micro-batches, B rows, T row length, N sequences, D model width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from trinity_jax.config import Config
 from trinity_jax.experience import Batch
 from trinity_jax.models import transformer
 from trinity_jax.trainer.arrays import of_micro_batch, whole_step
+from trinity_jax.trainer.frozen import load_other
 from trinity_jax.trainer.optimizer import make_optimizer
 from trinity_jax.trainer.scoring import Policy, over_micro_batches, preceding
 from trinity_jax.trainer.state import opt_shardings
@@ -34,6 +35,23 @@ class CriticState:
 
   params: Any
   opt_state: Any
+
+
+class Critic(NamedTuple):
+  """How the critic is evaluated and changed."""
+
+  policy: Policy
+  optimizer: optax.GradientTransformation
+
+
+def make_critic(
+  config: Config, policy: Policy, params: Any, mesh: Mesh
+) -> tuple[Critic, CriticState]:
+  """A critic that starts from critic.path's decoder, or from the policy's."""
+  if config.critic.path:
+    params, policy = load_other(config.critic.path, "critic.path", config, policy, mesh)
+  optimizer = make_critic_optimizer(config, policy)
+  return Critic(policy, optimizer), init_critic(params, optimizer, mesh)
 
 
 def init_critic(model_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh):

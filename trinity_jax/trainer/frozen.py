@@ -24,24 +24,18 @@ class Frozen:
   Args:
     policy: how to evaluate them.
     params: sharded arrays.
-    offload: keep them in host memory; `on_device` then copies them for each use.
+    offload: keep them in host memory; `params` then copies them for each use.
   """
 
   def __init__(self, policy: Policy, params: Any, offload: bool):
     self.policy = policy
-    self.shardings = jax.tree.map(lambda p: p.sharding, params)
-    self._params = jax.tree.map(np.asarray, params) if offload else params
+    self._shardings = jax.tree.map(lambda p: p.sharding, params)
+    self._kept = jax.tree.map(np.asarray, params) if offload else params
 
   @property
-  def shapes(self) -> Any:
-    """The parameters as jax.ShapeDtypeStruct with their shardings."""
-    return jax.tree.map(
-      lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), self._params, self.shardings
-    )
-
-  def on_device(self) -> Any:
-    """The parameters as sharded arrays."""
-    return jax.device_put(self._params, self.shardings)
+  def params(self) -> Any:
+    """The parameters as sharded arrays; copies, where they are kept in host memory."""
+    return jax.device_put(self._kept, self._shardings)
 
 
 def frozen_models(

@@ -119,15 +119,20 @@ def _of_micro_batches(policy, algorithm: Algorithm, batch: Batch, whole, step, k
 
   def micro_loss(params, x):
     x = dict(x)
-    where = [x.pop(k) for k in ("tokens", "positions", "segment_ids")]
-    temperature = x.pop("temperature")
+    tokens, positions, segments, temperature = (
+      x.pop(k) for k in ("tokens", "positions", "segment_ids", "temperature")
+    )
     loss_of = functools.partial(algorithm.loss, num_sequences=batch.rewards.shape[0])
     if not algorithm.token_level:
-      logprob, entropy = token_logprobs(params, policy, *where, x["mask"], temperature)
+      logprob, entropy = token_logprobs(
+        params, policy, tokens, positions, segments, x["mask"], temperature
+      )
       loss, out = loss_of(**x, logprob=logprob, entropy=entropy)
       return loss, (out, logprob)
     # A token's gradient is known with its log-prob: the logits need not be computed twice.
-    loss, logprob, entropy = token_loss(params, policy, *where, temperature, algorithm, x)
+    loss, logprob, entropy = token_loss(
+      params, policy, tokens, positions, segments, temperature, algorithm, x
+    )
     _, out = loss_of(**x, logprob=logprob, entropy=entropy)
     return loss, (out, logprob)
 

@@ -10,12 +10,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from trinity_jax.algorithms.algorithm import SCORES, Algorithm
 from trinity_jax.config import Config
@@ -24,32 +24,17 @@ from trinity_jax.experience import Batch, Experience
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import transformer
 from trinity_jax.tasks.demonstrations import PER_TASK
-from trinity_jax.trainer import critic
 from trinity_jax.trainer import step as train
+from trinity_jax.trainer.critic import make_critic
 from trinity_jax.trainer.extras import extras_of
-from trinity_jax.trainer.frozen import frozen_models, load_other
+from trinity_jax.trainer.frozen import frozen_models
 from trinity_jax.trainer.minibatches import joined, minibatches
 from trinity_jax.trainer.mismatch import mismatch, packing_metrics
 from trinity_jax.trainer.optimizer import learning_rate, make_optimizer
 from trinity_jax.trainer.packing import PackSpec, pack
-from trinity_jax.trainer.scoring import Policy, score
+from trinity_jax.trainer.programs import OUTPUTS, Parts, Programs, compile_programs
+from trinity_jax.trainer.scoring import Policy
 from trinity_jax.trainer.state import TrainState, init_state
-
-
-# What scoring.score calls them.
-_OUTPUT = {"prox_logprob": "logprob", "prox_entropy": "entropy"}
-
-
-class Programs(NamedTuple):
-  """Compiled for one row length; None where the algorithm has no use for it."""
-
-  step: Any
-  scores: Any  # SCORES of the policy as the step begins
-  logprobs: Any  # of an older version
-  frozen: dict[str, Any]  # array -> log-probs under that frozen model
-  values: Any
-  critic: Any
-  held_out: Any
 
 
 class Trainer:
@@ -86,24 +71,22 @@ class Trainer:
     )  # fmt: skip
     specs = transformer.abstract(policy.config)
     total = config.trainer.total_steps
-    self._optimizer = make_optimizer(config.optimizer, total, specs, self._updates)
+    optimizer = make_optimizer(config.optimizer, total, specs, self._updates)
     self._rate: Any = learning_rate(config.optimizer, total)
     self._frozen = frozen_models(config, algorithm, policy, params, mesh, launch)
     self._extras = extras_of(
       algorithm, teacher="teacher_logprob" in self._frozen, scores=self._scores
     )
-    critic_state = None
+    critic, critic_state = None, None
     if algorithm.needs_critic:
-      start, self._critic_policy = params, policy
-      if config.critic.path:
-        start, self._critic_policy = load_other(
-          config.critic.path, "critic.path", config, policy, mesh
-        )
-      self._critic_optimizer = critic.make_critic_optimizer(config, self._critic_policy)
-      critic_state = critic.init_critic(start, self._critic_optimizer, mesh)
-    self.state = init_state(params, self._optimizer, mesh, algorithm.kl_coef)
+      critic, critic_state = make_critic(config, policy, params, mesh)
+    self.state = init_state(params, optimizer, mesh, algorithm.kl_coef)
     self.state = dataclasses.replace(self.state, critic=critic_state)
     self._shardings = jax.tree.map(lambda x: x.sharding, self.state)
+    self._parts = Parts(
+      config, algorithm, policy, mesh, optimizer, self._frozen, critic, self._scores,
+      self._lagging, self.spec.sequences,
+    )  # fmt: skip
     self._programs: dict[int, Programs] = {}
     self.last_batch: Sequence[Experience] = ()
 
@@ -123,87 +106,9 @@ class Trainer:
   def _compiled(self, batch: Batch) -> Programs:
     """The programs of the batch's row length; compiled on first use."""
     length = batch.tokens.shape[-1]
-    if length in self._programs:
-      return self._programs[length]
-    c, shapes = self.config, jax.tree.map(_shape, batch)
-    state = jax.tree.map(_shape, self.state)
-    where = train.batch_shardings(batch, self.mesh)
-    num_groups = self.spec.sequences
-
-    def compiled(f, *args):
-      with jax.set_mesh(self.mesh):  # for the layout hints inside the model
-        return f.lower(*args).compile()
-
-    @functools.cache
-    def scoring(policy: Policy, outputs: tuple[str, ...], of: Any):
-      """Log-probs (and more) of a batch under parameters like `of`."""
-      shardings = jax.tree.map(lambda x: x.sharding, of.tree)
-      f = jax.jit(
-        lambda params, batch: score(params, policy, batch, outputs),
-        in_shardings=(shardings, where),
-        out_shardings=NamedSharding(self.mesh, train.ROWS),
-      )
-      return compiled(f, of.tree, shapes)
-
-    own = _Tree(
-      jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params
-      )
-    )
-    step = train.compile_step(
-      self.mesh,
-      dataclasses.replace(self._shardings, critic=None),
-      batch,
-      policy=self.policy,
-      algorithm=self.algorithm,
-      optimizer=self._optimizer,
-      num_groups=num_groups,
-      max_response=c.sampler.max_response_length,
-      seed=c.seed,
-      frozen_steps=c.critic.warmup if self.algorithm.needs_critic else 0,
-      kl_target=c.algorithm.kl_target,
-      kl_horizon=c.algorithm.kl_horizon,
-    )
-    values = critic_step = None
-    if self.algorithm.needs_critic:
-      values, critic_step = critic.compile_critic(
-        self.mesh,
-        self._shardings.critic,
-        batch,
-        policy=self._critic_policy,
-        algorithm=self.algorithm,
-        optimizer=self._critic_optimizer,
-        num_groups=num_groups,
-        clip=c.critic.clip,
-      )
-      values = compiled(values, state.critic.params, shapes)
-      critic_step = compiled(critic_step, state.critic, shapes, state.kl_coef)
-    outputs = tuple(_OUTPUT.get(name, name) for name in self._scores)
-    self._programs[length] = Programs(
-      step=compiled(
-        step, dataclasses.replace(state, critic=None), shapes, jax.ShapeDtypeStruct((), np.int32)
-      ),
-      scores=scoring(self.policy, outputs, own) if outputs else None,
-      logprobs=scoring(self.policy, ("logprob",), own) if self._lagging else None,
-      frozen={k: scoring(m.policy, ("logprob",), _Tree(m.shapes)) for k, m in self._frozen.items()},
-      values=values,
-      critic=critic_step,
-      held_out=compiled(self._held_out(where), own.tree, shapes) if c.eval.texts else None,
-    )
+    if length not in self._programs:
+      self._programs[length] = compile_programs(self._parts, self.state, batch)
     return self._programs[length]
-
-  def _held_out(self, where: Batch):
-    return jax.jit(
-      functools.partial(
-        train.held_out,
-        policy=self.policy,
-        algorithm=self.algorithm,
-        num_groups=self.spec.sequences,
-        max_response=self.config.sampler.max_response_length,
-      ),
-      in_shardings=(self._shardings.params, where),
-      out_shardings=NamedSharding(self.mesh, PartitionSpec()),
-    )
 
   @property
   def _lagging(self) -> bool:
@@ -260,11 +165,11 @@ class Trainer:
     programs = self._compiled(packed)
     filled: dict[str, Any] = {}
     for name, model in self._frozen.items():
-      filled[name] = self._launch(programs.frozen[name], model.on_device(), batch)["logprob"]
+      filled[name] = self._launch(programs.frozen[name], model.params, batch)["logprob"]
     known = self._older_logprobs(packed, batch, programs.logprobs)
     if programs.scores is not None:
       scores = self._launch(programs.scores, self.state.params, batch)
-      filled |= {name: scores[_OUTPUT.get(name, name)] for name in self._scores}
+      filled |= {name: scores[OUTPUTS[name]] for name in self._scores}
       if "logprob" in scores:
         known[self.step_number] = np.asarray(scores["logprob"])
     if programs.values is not None:
@@ -366,21 +271,3 @@ def pack_spec(config: Config, algorithm: Algorithm) -> PackSpec:
     rows=config.trainer.rows_per_micro,
     sequences=sequences // config.trainer.minibatches,
   )
-
-
-class _Tree:
-  """A pytree of shapes that can be the key of a cache."""
-
-  def __init__(self, tree: Any):
-    self.tree = tree
-    self._key = str(jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree))
-
-  def __hash__(self) -> int:
-    return hash(self._key)
-
-  def __eq__(self, other: object) -> bool:
-    return isinstance(other, _Tree) and self._key == other._key
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
