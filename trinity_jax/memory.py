@@ -25,7 +25,7 @@ from trinity_jax.schedule import Schedule
 from trinity_jax.trainer.packing import PackSpec
 
 BLOCK = 512  # cache entries that an extend attends to at once, see kernels/attention/cached.py
-LOGITS = 2**25  # bytes of one chunk of float32 logits in linear_logprob, when T x V is larger
+LOGIT_ROWS = 2048  # rows of float32 logits that linear_logprob holds at a time, at most
 
 
 def memory_per_device(
@@ -125,7 +125,7 @@ def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) 
   dots = size * (2 * D + (heads + 2 * F) // tensor) + scores
   kept = {"none": inside, "dots": dots, "full": 0}[config.model.remat]
   layers = model.num_layers * (size * D + kept) + (inside if config.model.remat != "none" else 0)
-  head = min(4 * tokens * model.vocab_size, LOGITS) + 2 * size * tokens * D
+  head = 4 * min(tokens, LOGIT_ROWS) * model.vocab_size // tensor + 2 * size * tokens * D
   return tokens * layers + head
 
 

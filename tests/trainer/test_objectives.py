@@ -65,7 +65,7 @@ def same(a, b):
 
 def test_critic_learns_while_the_policy_waits(tools):
   trainer = make_trainer(tools, "ppo", mesh=(2, 1, 1), critic__warmup=12,
-                         critic__learning_rate=1e-2)  # fmt: skip
+                         critic__learning_rate=1e-2, optimizer__warmup_steps=4)  # fmt: skip
   start, experiences = tools.base_params(), tools.make_experiences()
   rows = [trainer.step(experiences) for _ in range(13)]
   assert all(undocumented(r) == [] for r in rows)
@@ -74,6 +74,7 @@ def test_critic_learns_while_the_policy_waits(tools):
   assert rows[12]["critic/explained_variance"] > 0.5
   assert [r["update_norm"] == 0 for r in rows] == [True] * 12 + [False]
   assert not same(trainer.state.params, start) and trainer.step_number == 13
+  assert {r["lr"] for r in rows} == {pytest.approx(1e-2 / 4)}  # the policy's warm-up has not begun
 
 
 def test_value_targets_by_hand():

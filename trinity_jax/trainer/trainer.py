@@ -144,7 +144,7 @@ class Trainer:
     """
     self.last_batch = experiences
     version = self.step_number
-    rate = float(self._rate((version * self._updates - int(self.state.skipped)) // self._updates))
+    rate = self._learning_rate(version)
     # Whatever compares with the policy as the step begins is computed before its first update.
     prepared = [self._prepared(part) for part in minibatches(experiences, self._updates)]
     found = []
@@ -155,6 +155,12 @@ class Trainer:
     metrics |= {"lr": rate, "policy_version": version + 1}
     self._check(metrics)
     return metrics
+
+  def _learning_rate(self, version: int) -> float:
+    """Of the next update: the schedule counts updates that were applied."""
+    waited = min(version, self.config.critic.warmup) if self.algorithm.needs_critic else 0
+    applied = (version - waited) * self._updates - int(self.state.skipped)
+    return float(self._rate(applied // self._updates))
 
   def _prepared(self, experiences: Sequence[Experience]):
     """(packed batch, the same on the devices with every score filled in, programs, log-probs of
