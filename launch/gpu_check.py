@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -21,11 +21,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
-def check_linear_logprob() -> str:
+def check_linear_logprob(vocabulary: int = 151936) -> str:
   """The general and the fused loss against the plain one: value and gradient, large vocabulary."""
   found = []
   for dtype, bound in ((jnp.float32, 1e-4), (jnp.bfloat16, 2e-2)):
-    hidden, weight, targets, mask = loss_inputs(1000, 256, 151936, dtype)
+    hidden, weight, targets, mask = loss_inputs(1000, 256, vocabulary, dtype)
     with jax.default_matmul_precision("highest"):
       want, *want_g = (np.asarray(x, np.float64) for x in loss("reference")(
         hidden.astype(jnp.float32), weight.astype(jnp.float32), targets, mask
@@ -85,7 +85,7 @@ def check_loss_memory() -> str:
   return ", ".join(f"{name or 'general'} {size / 2**20:.0f} MiB" for name, size in used.items())
 
 
-def check_attention() -> str:
+def check_attention(names: Sequence[str | None] = (None, "cudnn")) -> str:
   """The default and cuDNN's attention against the reference in float32: value and gradient."""
   from trinity_jax import ops
 
@@ -117,7 +117,7 @@ def check_attention() -> str:
       want = run("reference", window, jnp.float32)
       exact = run(None, window, jnp.float32)
     assert difference(want, exact) < 1e-4, (window, difference(want, exact))
-    for name in (None, "cudnn"):
+    for name in names:
       worst = difference(want, run(name, window, jnp.bfloat16))
       assert worst < 2e-2, (name, window, worst)
       found.append(f"{name or 'default'} window {window} {worst:.1e}")

@@ -6,6 +6,7 @@ A loss is sum(weight * logprob) with gradients of hidden and weight; entropy and
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 import time
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def _fused(hidden, weight, targets, coefficients, mask):
 def _torch_step(data: tuple[Any, ...]) -> tuple[Callable[[], None], int] | None:
   """(one step, its peak of memory above inputs and gradients); None where torch is missing."""
   try:
-    import torch
+    torch = importlib.import_module("torch")  # a peer, not a dependency
   except ModuleNotFoundError:
     return None
   import jax

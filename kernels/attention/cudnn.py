@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trinity_jax.errors import UserError
-
+from ...errors import UserError
 from .shards import shards_of
 
 MAX_HEAD_DIM = 256  # 128 before the Hopper generation

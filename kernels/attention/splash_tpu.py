@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from trinity_jax.errors import UserError
-
+from ...errors import UserError
 from .shards import shards_of
 
 LANES = 128

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from trinity_jax.errors import UserError
-
+from ...errors import UserError
 from . import arithmetic, pallas_tpu, reference, whole, xla
 from .layout import Layout, layout_of
 from .platform import only_on

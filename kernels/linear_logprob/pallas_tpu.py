@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from trinity_jax.errors import UserError
+from ...errors import UserError
 
 # Vector memory that a kernel may use, per chip; the first is what every listed chip has. A program
 # is compiled for chips that are not there, so the local device is never asked.

@@ -11,7 +11,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from trinity_jax.errors import UserError
+from ...errors import UserError
 
 _only = Primitive("linear_logprob_only_on")
 
