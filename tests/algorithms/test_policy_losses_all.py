@@ -105,7 +105,7 @@ def test_extreme_ratios_stay_finite():
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(result)), name
 
 
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [6, 2, 7, 4, 1, 0, 5, 3]])
+@pytest.mark.parametrize("order", [[6, 2, 7, 4, 1, 0, 5, 3]])
 def test_packed_and_split_equals_padded(order):
   arrays, results = base()
   packed, where = pack(arrays, order)
