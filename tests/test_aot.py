@@ -90,7 +90,8 @@ def test_train_step(parts):
     max_response=config.sampler.max_response_length,
   )  # fmt: skip
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
-  compiled = step.lower(state, batch, zero).compile()
+  with jax.set_mesh(mesh):  # as the trainer does: kernels are split over the mesh in context
+    compiled = step.lower(state, batch, zero).compile()
   memory = compiled.memory_analysis()
   numbers = model.num_params()
   # Parameters and two moments in float32 over 4 chips (norms are on each), and the batch.
