@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trinity_jax.algorithms import aggregation, stats
@@ -25,7 +24,7 @@ from trinity_jax.trainer.frozen import load_other
 from trinity_jax.trainer.optimizer import make_optimizer
 from trinity_jax.trainer.scoring import Policy, over_micro_batches, preceding
 from trinity_jax.trainer.state import opt_shardings
-from trinity_jax.trainer.step import ROWS, batch_shardings
+from trinity_jax.trainer.step import ROWS, accumulate, batch_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -135,28 +134,14 @@ def critic_step(
     values = token_values(params, policy, x["tokens"], x["positions"], x["segment_ids"])
     per_token, out = value_loss(values, x["values"], x["returns"], x["mask"], clip=clip)
     loss = jnp.sum(x["weights"] * per_token)
-    return loss, {**out, "vf_loss": stats.total(loss)}
-
-  grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
+    return loss, ({**out, "vf_loss": stats.total(loss)}, values)
 
   def arrays(m):
     x = of_micro_batch(batch, whole, m)
     del x["num_sequences"]
     return x
 
-  def body(m, carry):
-    loss, grads, total = carry
-    (part, out), g = grad_fn(state.params, arrays(m))
-    grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, g)
-    return loss + part, grads, stats.merge(total, out)
-
-  (_, out), grads = jax.eval_shape(grad_fn, state.params, arrays(0))
-  start = (
-    jnp.zeros((), jnp.float32),
-    jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.promote_types(g.dtype, jnp.float32)), grads),
-    stats.neutral(out),
-  )
-  loss, grads, out = lax.fori_loop(0, batch.num_micro, body, start)
+  loss, grads, out, _ = accumulate(micro_loss, state.params, arrays, batch)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -92,16 +92,31 @@ def loss_and_grads(
   """
 
   micro_loss, arrays = _of_micro_batches(policy, algorithm, batch, whole, step, kl_coef)
+  return accumulate(micro_loss, params, arrays, batch)
+
+
+def accumulate(
+  micro_loss: Callable[..., Any], params: Any, arrays: Callable[[Any], Any], batch: Batch
+):
+  """Sums over live micro-batches.
+
+  Args:
+    micro_loss: (params, arrays(m)) -> (share of the loss, (stats, f32[B, T])).
+    arrays: m -> arrays of micro-batch m.
+
+  Returns:
+    (loss f32[], gradient in float32 or wider, stats merged, f32[M, B, T])
+  """
   grad_fn = jax.value_and_grad(micro_loss, has_aux=True)
 
   def body(m, carry):
-    loss, grads, total, logprobs = carry
-    (part, (out, logprob)), g = grad_fn(params, arrays(m))
+    loss, grads, total, tokens = carry
+    (part, (out, found)), g = grad_fn(params, arrays(m))
     return (
       loss + part,
       jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, g),
       stats.merge(total, out),
-      lax.dynamic_update_index_in_dim(logprobs, logprob, m, 0),
+      lax.dynamic_update_index_in_dim(tokens, found, m, 0),
     )
 
   (_, (out, _)), grads = jax.eval_shape(grad_fn, params, arrays(0))
