@@ -180,7 +180,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
   axes.axhline(rows[0]["before"], color="gray", linestyle=":", label="before")
   axes.set(xlabel="staleness of the rollouts (versions)", ylabel="held-out accuracy", ylim=(0, 1))
   axes.set_xticks(sorted({r["staleness"] for r in rows}))
-  axes.legend(fontsize=8)
+  figure.legend(loc="outside right center", fontsize=8)
   figure.savefig(path, dpi=150)
   plt.close(figure)
 
