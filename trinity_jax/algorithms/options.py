@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from trinity_jax.errors import UserError
+from trinity_jax.errors import UserError, suggestion
 
 
 def number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
   """Raises UserError unless low <= value < high. A traced value cannot be looked at."""
-  if value is None or (isinstance(value, (int, float)) and not low <= value < high):
-    raise UserError(f"{name} = {value!r}: expected a number in [{low:g}, {high:g})")
+  wrong = value is None or isinstance(value, (str, bool))
+  if wrong or (isinstance(value, (int, float)) and not low <= value < high):
+    raise UserError(f"{name} = {value!r}: expected a number in [{low}, {high})")
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
   """Raises UserError unless `value` is one of `choices`."""
   if value not in choices:
-    raise UserError(f"{name} = {value!r}: expected one of {', '.join(choices)}")
+    hint = suggestion(value, choices) if isinstance(value, str) else ""
+    raise UserError(f"{name} = {value!r}: expected one of {', '.join(choices)}{hint}")
 
 
 def band(low: Any, high: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the policy losses share: bounds of hyper-parameters, ratios and their metrics, sequences."""
+"""What the policy losses share: ratios and their metrics, sequences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from trinity_jax.algorithms import stats
 from trinity_jax.algorithms.numerics import clamp, sequence_sum
-from trinity_jax.errors import UserError, suggestion
+from trinity_jax.algorithms.options import choice as check_choice
+from trinity_jax.algorithms.options import number as check
+
+__all__ = [
+  "INFINITY", "MAX_LOG_RATIO", "POSITIVE", "Loss", "check", "check_choice", "clip_stats",
+  "log_ratio", "ratio_stats", "sequence_mean", "sequence_total", "to_tokens",
+]  # fmt: skip
 
 # e^20 is 5e8. Clamped as in verl and Trinity-RFT, so that exp stays finite; no gradient beyond.
 MAX_LOG_RATIO = 20.0
@@ -15,20 +21,6 @@ INFINITY = float("inf")
 POSITIVE = 1e-30  # smallest value of hyper-parameters that must be above 0
 
 Loss = tuple[jax.Array, dict[str, stats.Stat]]
-
-
-def check(name: str, value, low: float, high: float = INFINITY) -> None:
-  """Raises UserError unless low <= value < high. Traced values (vmap over a clip range) pass."""
-  wrong = value is None or isinstance(value, (str, bool))
-  if wrong or (isinstance(value, (int, float)) and not low <= value < high):
-    raise UserError(f"{name} = {value!r}: expected a number in [{low}, {high})")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-  """Raises UserError unless `value` is one of `choices`."""
-  if value not in choices:
-    hint = suggestion(value, choices) if isinstance(value, str) else ""
-    raise UserError(f"{name} = {value!r}: expected one of {', '.join(choices)}{hint}")
 
 
 def log_ratio(logprob: jax.Array, old_logprob: jax.Array) -> jax.Array:
