@@ -29,6 +29,7 @@ from ml_collections import ConfigDict, config_flags
 from trinity_jax import config_schema
 from trinity_jax.config import resolve
 from trinity_jax.errors import RunFailed, UserError, root_cause, suggestion
+from trinity_jax.kernels.errors import CannotRun  # pyright: ignore[reportMissingImports]
 
 MODES = ("both", "check", "keys")
 
@@ -175,7 +176,7 @@ def main(argv: list[str]) -> int:
     if isinstance(cause, RunFailed):
       traceback.print_exc()
       return 3
-    if not isinstance(cause, UserError):
+    if not isinstance(cause, UserError | CannotRun):
       raise
     if debug:
       traceback.print_exc()

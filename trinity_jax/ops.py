@@ -33,6 +33,7 @@ try:
     Segment,
     quantize,
   )
+  from trinity_jax.kernels.errors import CannotRun  # pyright: ignore[reportMissingImports]
   from trinity_jax.kernels.linear_logprob import (  # pyright: ignore[reportMissingImports]
     api as _linear_logprob,
   )
@@ -144,8 +145,8 @@ def attention(
   "xla": the default elsewhere. "reference".
 
   Raises:
-    UserError: the named implementation does not exist, or cannot run (which for the platform is
-      known when the program is compiled).
+    UserError: the named implementation does not exist.
+    CannotRun: it cannot run here (which for the platform is known when the program is compiled).
   """
   args = (q, k, v, positions, segment_ids)
   if implementation is None and _attention_splash.unsupported(q, k) is None:
@@ -161,7 +162,7 @@ def attention(
     platforms, unsupported = _ATTENTION_LIMITS[name]
     reason = unsupported(q, k)
     if reason:
-      raise UserError(f"attention: implementation {name!r} cannot run: {reason}")
+      raise CannotRun(f"attention: implementation {name!r} cannot run: {reason}")
     text = f"attention: implementation {name!r} runs on {', '.join(platforms)}"
     segment_ids = _only_on(platforms, text, jnp.asarray(segment_ids))
   return run(q, k, v, positions=positions, segment_ids=segment_ids, window=window)
@@ -212,7 +213,8 @@ def linear_logprob(
   "pallas_tpu" (the default on TPU), "xla" (the default elsewhere), "reference".
 
   Raises:
-    UserError: the named implementation does not exist, or cannot run.
+    UserError: the named implementation does not exist.
+    CannotRun: it cannot run here.
     ValueError: shapes do not fit.
   """
   _named("linear_logprob", implementation)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...errors import UserError
+from ..errors import CannotRun
 from .shards import shards_of
 
 MAX_HEAD_DIM = 256  # 128 before the Hopper generation
@@ -48,12 +48,12 @@ def attention(
   """See reference.attention. On a mesh in context, rows and heads are split as splash_tpu's are.
 
   Raises:
-    UserError: operands that `unsupported` names, or no cuDNN on this machine: jax asks for its
+    CannotRun: operands that `unsupported` names, or no cuDNN on this machine: jax asks for its
       version while it traces, so this cannot be compiled ahead on a machine without one.
   """
   reason = unsupported(q, k)
   if reason:
-    raise UserError(f"attention: implementation 'cudnn' cannot run: {reason}")
+    raise CannotRun(f"attention: implementation 'cudnn' cannot run: {reason}")
 
   def rows(q, k, v, positions, segment_ids):
     age = positions[:, :, None] - positions[:, None, :]
@@ -68,4 +68,4 @@ def attention(
     if "cudnn" not in str(error).lower():
       raise
     message = "attention: implementation 'cudnn' cannot run: no cuDNN on this machine"
-    raise UserError(message) from error
+    raise CannotRun(message) from error

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from ...errors import UserError
+from ..errors import CannotRun
 from .shards import shards_of
 
 LANES = 128
@@ -57,12 +57,12 @@ def attention(
   On a mesh in context, rows go over data and fsdp and heads over tensor, where they divide.
 
   Raises:
-    UserError: operands that `unsupported` names.
+    CannotRun: operands that `unsupported` names.
   """
   del positions
   reason = unsupported(q, k)
   if reason:
-    raise UserError(f"attention: implementation 'splash' cannot run: {reason}")
+    raise CannotRun(f"attention: implementation 'splash' cannot run: {reason}")
 
   def rows(q, k, v, segment_ids):
     run = _kernel(q.shape[1], q.shape[2], window, interpret)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from ...errors import UserError
+from ..errors import CannotRun
 from . import arithmetic, pallas_tpu, reference, whole, xla
 from .layout import Layout, layout_of
 from .platform import only_on
@@ -229,7 +229,7 @@ def _prepare(hidden, weight, targets, mask, temperature, softcap, implementation
   if plan.fixed is not None and plan.fixed.unsupported is not None:
     reason = plan.fixed.unsupported(hidden, weight)
     if reason:
-      raise UserError(f"linear_logprob: implementation {plan.fixed.name!r} cannot run: {reason}")
+      raise CannotRun(f"linear_logprob: implementation {plan.fixed.name!r} cannot run: {reason}")
   return plan, (hidden, weight, targets, mask, temperature)
 
 

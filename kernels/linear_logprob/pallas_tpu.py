@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ...errors import UserError
+from ..errors import CannotRun
 
 # Vector memory that a kernel may use, per chip; the first is what every listed chip has. A program
 # is compiled for chips that are not there, so the local device is never asked.
@@ -81,7 +81,7 @@ def forward(
     by_rows: whether the weight lies in memory as [V, D]; None: as XLA lays out such a shape.
 
   Raises:
-    UserError: operands that `unsupported` names.
+    CannotRun: operands that `unsupported` names.
   """
   tile = _checked_tile(FORWARD, hidden, weight, chip)
   plan = _plan(mask, tile.rows)
@@ -162,7 +162,7 @@ def _checked_tile(kernels, hidden, weight, chip) -> Tile:
   reason = unsupported(hidden, weight, chip)
   tile = None if reason else _tile(kernels, hidden, weight, chip)
   if tile is None:
-    raise UserError(f"linear_logprob: implementation 'pallas_tpu' cannot run: {reason}")
+    raise CannotRun(f"linear_logprob: implementation 'pallas_tpu' cannot run: {reason}")
   return tile
 
 
@@ -209,7 +209,7 @@ def _tile(kernels: tuple[str, ...], hidden, weight, chip: str | None) -> Tile | 
   """The best tile with which each of `kernels` has room."""
   T, D, V = *hidden.shape, weight.shape[1]
   if chip not in MEMORY:
-    raise UserError(f"linear_logprob: chip {chip!r} is not one of {', '.join(map(str, MEMORY))}")
+    raise CannotRun(f"linear_logprob: chip {chip!r} is not one of {', '.join(map(str, MEMORY))}")
   D = pl.cdiv(D, LANES) * LANES
   sizes = hidden.dtype.itemsize, weight.dtype.itemsize
   for rows, columns in TILES:

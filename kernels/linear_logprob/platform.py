@@ -11,13 +11,13 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from ...errors import UserError
+from ..errors import CannotRun
 
 _only = Primitive("linear_logprob_only_on")
 
 
 def only_on(platforms: tuple[str, ...], message: str, x: jax.Array) -> jax.Array:
-  """Returns x; lowering for a platform outside `platforms` raises UserError(message)."""
+  """Returns x; lowering for a platform outside `platforms` raises CannotRun(message)."""
   return _only.bind(x, platforms=platforms, message=message)
 
 
@@ -25,7 +25,7 @@ def _lower(ctx, x, *, platforms, message):
   asked = tuple(ctx.platforms or ctx.module_context.platforms)
   wrong = [p for p in asked if p not in platforms]
   if wrong:
-    raise UserError(f"{message}, not on {', '.join(wrong)}")
+    raise CannotRun(f"{message}, not on {', '.join(wrong)}")
   return [x]
 
 

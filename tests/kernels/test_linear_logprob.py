@@ -240,11 +240,11 @@ def test_a_kernel_for_another_platform_is_refused_when_it_is_compiled():
   f = lambda implementation: jax.jit(
     functools.partial(api.linear_logprob, implementation=implementation)
   )
-  with pytest.raises(UserError, match="'pallas_tpu' runs on tpu, not on cpu"):
+  with pytest.raises(ValueError, match="'pallas_tpu' runs on tpu, not on cpu"):
     f("pallas_tpu")(h, w, y, m, t)
-  with pytest.raises(UserError, match="'pallas_tpu' runs on tpu, not on cpu"):
+  with pytest.raises(ValueError, match="'pallas_tpu' runs on tpu, not on cpu"):
     jax.vmap(lambda h: ops.linear_logprob(h, w, y, m, t, implementation="pallas_tpu"))(h[None])
-  with pytest.raises(UserError, match="'pallas_tpu' cannot run: hidden is float16"):
+  with pytest.raises(ValueError, match="'pallas_tpu' cannot run: hidden is float16"):
     f("pallas_tpu")(h.astype(jnp.float16), w, y, m, t)
 
   def lowered(implementation, platform, vocabulary=65536):
