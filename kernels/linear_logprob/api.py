@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from ..errors import CannotRun
-from . import arithmetic, pallas_tpu, reference, whole, xla
+from . import arithmetic, columns, pallas_tpu, reference, whole, xla
 from .layout import Layout, layout_of
 from .platform import only_on
 from .token_loss import TokenLoss, token_loss_of
@@ -57,10 +57,16 @@ def xla_tiles(tile: xla.Tile) -> Implementation:
   )  # fmt: skip
 
 
-PALLAS_TPU = Implementation(
-  "pallas_tpu", pallas_tpu.forward, pallas_tpu.backward,
-  unsupported=pallas_tpu.unsupported, platforms=("tpu",),
-)  # fmt: skip
+def pallas(by_rows: bool | None = None) -> Implementation:
+  """The TPU kernels, for a weight that lies in memory as [V, D] or not; None: by its shape."""
+  some = functools.partial
+  return Implementation(
+    "pallas_tpu", some(pallas_tpu.forward, by_rows=by_rows),
+    some(pallas_tpu.backward, by_rows=by_rows), unsupported=pallas_tpu.unsupported,
+    platforms=("tpu",),
+  )  # fmt: skip
+
+
 # "reference" has no parts, its gradients are autodiff's; "xla" has tiles for each platform.
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
@@ -73,6 +79,8 @@ class _Plan(NamedTuple):
   fixed: Implementation | None  # None: by platform,
   pallas: bool  # which includes kernels
   keep: bool = False  # the logits, between forward and backward
+  slice: int = 0  # columns of the weight to gather at a time; 0: all
+  by_rows: bool | None = None  # see `pallas`
 
 
 def linear_logprob(
@@ -181,7 +189,7 @@ def expected_score(
   run = lambda *args: jax.lax.platform_dependent(
     *args, cpu=with_tile(xla.CPU), default=with_tile(xla.ACCELERATOR)
   )
-  specs = (layout.row, layout.weight, layout.row, layout.row)
+  specs = (layout.row, layout.weight(), layout.row, layout.row)
   run = layout.map(run, specs, layout.row)
   return run(hidden, weight, padded, temperature)[: mask.shape[0]]
 
@@ -214,7 +222,7 @@ def _prepare(hidden, weight, targets, mask, temperature, softcap, implementation
       f"linear_logprob: implementation {implementation!r} does not exist; "
       f"known: {', '.join(IMPLEMENTATIONS)}"
     )
-  fixed = PALLAS_TPU if implementation == "pallas_tpu" else implementation
+  fixed = pallas() if implementation == "pallas_tpu" else implementation
   layout = layout_of(weight.shape[1])
   plan = _Plan(
     layout, softcap, fixed if isinstance(fixed, Implementation) else None, implementation is None
@@ -226,6 +234,13 @@ def _prepare(hidden, weight, targets, mask, temperature, softcap, implementation
   if implementation in (None, "xla"):
     logits = mask.shape[0] // layout.row_shards * (weight.shape[1] // layout.vocabulary_shards)
     plan = plan._replace(keep=logits <= xla.SMALL)
+  if not plan.keep:
+    plan = plan._replace(slice=columns.slice_of(layout, weight))
+  if plan.slice:  # what the whole shard lies like, its slices do
+    by_rows = pallas_tpu.lies_by_rows(*layout.shard(weight.shape))
+    plan = plan._replace(by_rows=by_rows)
+    if implementation == "pallas_tpu":
+      plan = plan._replace(fixed=pallas(by_rows))
   if plan.fixed is not None and plan.fixed.unsupported is not None:
     reason = plan.fixed.unsupported(hidden, weight)
     if reason:
@@ -257,7 +272,7 @@ def _run(plan: _Plan, method: Callable[..., Any], *args):
   by = lambda implementation: functools.partial(method, implementation)
   branches = {"cpu": by(xla_tiles(xla.CPU)), "default": by(xla_tiles(xla.ACCELERATOR))}
   if plan.pallas and not pallas_tpu.unsupported(*args[:2]):
-    branches["tpu"] = by(PALLAS_TPU)
+    branches["tpu"] = by(pallas(plan.by_rows))
   return jax.lax.platform_dependent(*args, **branches)
 
 
@@ -284,18 +299,39 @@ def _forward(plan: _Plan, *rows):
     return _merged(plan, *args), None
 
   kept = PartitionSpec(layout.rows, layout.vocabulary)
-  return layout.map(local, _specs(layout), ((layout.row,) * 3, kept))(*rows)
+  return layout.map(local, _specs(plan), ((layout.row,) * 3, kept))(*rows)
 
 
-def _specs(layout: Layout):
+def _specs(plan: _Plan):
   """Of (hidden, weight, targets, mask, temperature)."""
-  return (layout.row, layout.weight, layout.row, layout.row, layout.row)
+  row = plan.layout.row
+  return (row, plan.layout.weight(split=plan.slice > 0), row, row, row)
 
 
 def _merged(plan: _Plan, *args):
   """Inside map: (logprob, entropy, lse) over all columns, 0 where masked."""
   forward = lambda implementation, *args: implementation.forward(*args, softcap=plan.softcap)
-  return tuple(jnp.where(args[3], x, 0) for x in plan.layout.merge(*_run(plan, forward, *args)))
+  run = functools.partial(_run, plan, forward)
+  parts = columns.forward(run, plan.layout, plan.slice, *args) if plan.slice else run(*args)
+  return tuple(jnp.where(args[3], x, 0) for x in plan.layout.merge(*parts))
+
+
+def _gradients(plan: _Plan, *args):
+  """Inside map: (d_hidden, d_weight), summed over the shards that share them."""
+  layout = plan.layout
+  hidden, weight = args[:2]
+  backward = lambda implementation, *args: _fit(
+    *args[:2], implementation.backward(*args, softcap=plan.softcap)
+  )
+  run = functools.partial(_run, plan, backward)
+  if plan.slice:
+    d_hidden, d_weight = columns.backward(run, layout, plan.slice, *args)
+    return layout.sum_vocabulary(d_hidden.astype(hidden.dtype)), d_weight
+  return _summed(layout, *run(*args))
+
+
+def _summed(layout: Layout, d_hidden, d_weight):
+  return layout.sum_vocabulary(d_hidden), layout.sum_weight_gradient(d_weight)
 
 
 def _first(plan, *primals):
@@ -314,16 +350,12 @@ def _backward(plan: _Plan, saved, cotangents):
     targets = layout.columns(targets, weight.shape[1])
     args = (hidden, weight, targets, mask, temperature, lse, entropy, cotangents)
     if plan.keep:
-      d_hidden, d_weight = _fit(hidden, weight, whole.backward(*args, logits, softcap=plan.softcap))
-    else:
-      run = lambda implementation, *args: _fit(
-        hidden, weight, implementation.backward(*args, softcap=plan.softcap)
-      )
-      d_hidden, d_weight = _run(plan, run, *args)
-    return layout.sum_vocabulary(d_hidden), layout.sum_weight_gradient(d_weight)
+      found = whole.backward(*args, logits, softcap=plan.softcap)
+      return _summed(layout, *_fit(hidden, weight, found))
+    return _gradients(plan, *args)
 
   kept = PartitionSpec(layout.rows, layout.vocabulary)
-  specs = (_specs(layout), layout.row, layout.row, layout.row, kept)
+  specs = (_specs(plan), layout.row, layout.row, layout.row, kept)
   given = tuple(None if isinstance(c, SymbolicZero) else c for c in cotangents)
   outs = (layout.row, layout.weight_gradient(rows[0].shape[1]))
   gradients = layout.map(local, specs, outs)(tuple(rows), entropy, lse, given, logits)
@@ -360,14 +392,15 @@ def _loss_first(plan: _Plan, token_loss: TokenLoss, *args):
     targets = layout.columns(targets, weight.shape[1])
     args = (hidden, weight, targets, mask, temperature, arrays)
     if plan.keep:
-      out = _loss_whole(plan, token_loss, *args)
+      found = _loss_whole(plan, token_loss, *args)
+    elif plan.slice:
+      found = _loss_in_two(plan, token_loss, *args)
     else:
-      out = _run(plan, functools.partial(_loss_by, plan, token_loss), *args)
-    losses, outs, d_hidden, d_weight = out
-    gradients = (layout.sum_vocabulary(d_hidden), layout.sum_weight_gradient(d_weight))
+      found = _run(plan, functools.partial(_loss_by, plan, token_loss), *args)
+    losses, outs, gradients = found
     return (layout.sum_rows(jnp.sum(losses)), outs), gradients
 
-  specs = (_specs(layout), layout.rows_of(arrays))
+  specs = (_specs(plan), layout.rows_of(arrays))
   gradients = (layout.row, layout.weight_gradient(rows[0].shape[1]))
   run = layout.map(local, specs, ((PartitionSpec(), layout.row), gradients))
   return run(tuple(rows), arrays)
@@ -379,24 +412,26 @@ def _loss_whole(plan: _Plan, token_loss: TokenLoss, *args):
   outs, logits = whole.forward(*rows, softcap=plan.softcap, layout=plan.layout)
   logprob, entropy, lse = outs
   losses, g, h = token_loss.gradients(mask, logprob, entropy, arrays)
-  gradients = whole.backward(*rows, lse, entropy, (g, h, None), logits, softcap=plan.softcap)
-  return losses, outs, *_fit(hidden, weight, gradients)
+  found = whole.backward(*rows, lse, entropy, (g, h, None), logits, softcap=plan.softcap)
+  return losses, outs, _summed(plan.layout, *_fit(hidden, weight, found))
 
 
 def _loss_by(plan: _Plan, token_loss: TokenLoss, implementation: Implementation, *args):
-  """(losses, outputs, d_hidden, d_weight) of one device, by the implementation's own way or not."""
+  """(losses, outputs, gradients), by the implementation's own way or not."""
+  if implementation.loss_gradients is None:
+    return _loss_in_two(plan._replace(fixed=implementation), token_loss, *args)
+  losses, outs, *found = implementation.loss_gradients(
+    *args, token_loss=token_loss, layout=plan.layout, softcap=plan.softcap
+  )
+  return losses, outs, _summed(plan.layout, *_fit(*args[:2], found))
+
+
+def _loss_in_two(plan: _Plan, token_loss: TokenLoss, *args):
+  """As _loss_by, forward and then backward: four products."""
   *rows, arrays = args
-  hidden, weight, _, mask, _ = rows
-  if implementation.loss_gradients is not None:
-    losses, outs, *gradients = implementation.loss_gradients(
-      *args, token_loss=token_loss, layout=plan.layout, softcap=plan.softcap
-    )
-    return losses, outs, *_fit(hidden, weight, gradients)
-  parts = implementation.forward(*rows, softcap=plan.softcap)
-  logprob, entropy, lse = outs = [jnp.where(mask, x, 0) for x in plan.layout.merge(*parts)]
-  losses, g, h = token_loss.gradients(mask, logprob, entropy, arrays)
-  gradients = implementation.backward(*rows, lse, entropy, (g, h, None), softcap=plan.softcap)
-  return losses, tuple(outs), *_fit(hidden, weight, gradients)
+  logprob, entropy, lse = outs = _merged(plan, *rows)
+  losses, g, h = token_loss.gradients(rows[3], logprob, entropy, arrays)
+  return losses, outs, _gradients(plan, *rows, lse, entropy, (g, h, None))
 
 
 def _loss_backward(plan: _Plan, token_loss: TokenLoss, gradients, cotangents):

@@ -53,6 +53,13 @@ def finish(sums):
   return target, top + jnp.log(total), weighted / jnp.where(total == 0, 1, total)
 
 
+def join(some, others):
+  """(target logit, lse, mean logit) of disjoint columns -> of all of them; masked rows have 0."""
+  lse = jnp.logaddexp(some[1], others[1])
+  mean = sum(part[2] * jnp.exp(part[1] - lse) for part in (some, others))
+  return some[0] + others[0], lse, mean
+
+
 def reduce(logits, targets):
   """All columns at once -> (logprob, entropy, lse), each [C]."""
   top = jnp.max(logits, axis=-1)

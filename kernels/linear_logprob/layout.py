@@ -1,7 +1,8 @@
 """How the operator is split over the mesh in context, and how its parts are put together again.
 
-Rows go over the axes data and fsdp, the vocabulary over tensor; the weight is gathered over fsdp.
-A vocabulary that does not divide over tensor is left whole, and the rows are split over tensor too.
+Rows go over the axes data and fsdp, the vocabulary over tensor; the weight is gathered over fsdp, a
+large one in slices (see columns.py). A vocabulary that does not divide over tensor is left whole,
+and the rows are split over tensor too.
 """
 
 from __future__ import annotations
@@ -40,15 +41,20 @@ class Layout(NamedTuple):
     """Of a pytree of arrays of rows and scalars."""
     return jax.tree.map(lambda x: self.row if x.ndim else PartitionSpec(), arrays)
 
-  @property
-  def weight(self) -> PartitionSpec:
-    return PartitionSpec(None, self.vocabulary)
+  def weight(self, split: bool = False) -> PartitionSpec:
+    """Of the weight [D, V]: gathered over fsdp, or left split over it."""
+    return PartitionSpec("fsdp" if split else None, self.vocabulary)
+
+  def shard(self, weight: tuple[int, int]) -> tuple[int, int]:
+    """Shape of a device's part of a weight [D, V] that is split over fsdp."""
+    return weight[0] // self.mesh.shape["fsdp"], weight[1] // self.vocabulary_shards
 
   def weight_gradient(self, width: int) -> PartitionSpec:
     """The gradient is left split over fsdp, as the weight is, where its rows divide."""
-    return PartitionSpec("fsdp" if self._scatters(width) else None, self.vocabulary)
+    return PartitionSpec("fsdp" if self.scatters(width) else None, self.vocabulary)
 
-  def _scatters(self, width: int) -> bool:
+  def scatters(self, width: int) -> bool:
+    """Whether a weight of `width` rows can lie split over fsdp."""
     return "fsdp" in self.rows and width % self.mesh.shape["fsdp"] == 0
 
   def map(self, f: Any, in_specs: Any, out_specs: Any) -> Any:
@@ -80,6 +86,10 @@ class Layout(NamedTuple):
     # Neither sign can come from anything but rounding.
     return jnp.minimum(target - lse, 0), jnp.maximum(lse - mean, 0), lse
 
+  def gather(self, weight: jax.Array) -> jax.Array:
+    """Inside map: all rows of a weight that is split over fsdp."""
+    return jax.lax.all_gather(weight, "fsdp", axis=0, tiled=True)
+
   def sum_vocabulary(self, x: Any) -> Any:
     """Inside map: sums what each shard of the vocabulary contributes."""
     return x if self.vocabulary is None else jax.lax.psum(x, self.vocabulary)
@@ -90,7 +100,7 @@ class Layout(NamedTuple):
 
   def sum_weight_gradient(self, d: jax.Array) -> jax.Array:
     """Inside map: sum_rows, leaving to each shard the part that `weight_gradient` gives it."""
-    if not self._scatters(d.shape[0]):
+    if not self.scatters(d.shape[0]):
       return self.sum_rows(d)
     d = jax.lax.psum_scatter(d, "fsdp", scatter_dimension=0, tiled=True)
     rest = tuple(a for a in self.rows if a != "fsdp")

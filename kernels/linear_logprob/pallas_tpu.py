@@ -70,6 +70,11 @@ def unsupported(hidden: Any, weight: Any, chip: str | None = None) -> str | None
   return None
 
 
+def lies_by_rows(width: int, columns: int) -> bool:
+  """Whether XLA lays a weight [D, V] = [width, columns] out as [V, D]: where that pads less."""
+  return columns % LANES != 0 and width % LANES == 0
+
+
 def forward(
   hidden, weight, targets, mask, temperature, *, softcap=None, chip=None, by_rows=None,
   interpret: Any = False,
@@ -230,9 +235,7 @@ class _Shape:
     self.row_blocks = pl.cdiv(hidden.shape[0], tile.rows)
     self.column_blocks = pl.cdiv(self.V, tile.columns)
     self.ragged = self.V % tile.columns != 0
-    self.by_rows = by_rows
-    if by_rows is None:
-      self.by_rows = self.V % LANES != 0 and self.D % LANES == 0
+    self.by_rows = lies_by_rows(self.D, self.V) if by_rows is None else by_rows
     self.interpret = interpret
     self.limit = MEMORY[chip]
 

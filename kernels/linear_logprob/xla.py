@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import arithmetic
+from .columns import over_columns
 from .layout import Layout
 from .token_loss import TokenLoss
 
@@ -76,21 +77,6 @@ def chunks_of(mask: jax.Array, rows: int) -> Chunks:
   return Chunks(mask, order, (active + rows - 1) // rows, rows)
 
 
-def _over_columns(weight, tile: Tile, body, carry):
-  """carry = body(start, weight[:, start : start + B], carry) for B columns at a time."""
-  size, count = tile.columns, weight.shape[1]
-
-  def block(start, width, carry):
-    # The barrier makes one array of it: products in an inner loop do not slice again.
-    part = lax.optimization_barrier(lax.dynamic_slice_in_dim(weight, start, width, 1))
-    return body(start, part, carry)
-
-  if count // size:
-    carry = lax.fori_loop(0, count // size, lambda j, c: block(j * size, size, c), carry)
-  rest = count % size
-  return block(count - rest, rest, carry) if rest else carry
-
-
 def _at(arrays, i):
   return tuple(x[i] for x in arrays)
 
@@ -113,7 +99,7 @@ def forward(hidden, weight, targets, mask, temperature, *, softcap=None, tile: T
     return lax.fori_loop(0, chunks.live, step, sums)
 
   start = arithmetic.no_columns(chunks.zeros(arithmetic.wide(hidden, weight)))
-  sums = _over_columns(weight, tile, block, start)
+  sums = over_columns(weight, tile.columns, block, start)
   return tuple(map(chunks.back, arithmetic.finish(sums)))
 
 
@@ -149,7 +135,7 @@ def backward(
     return d_hidden, lax.dynamic_update_slice_in_dim(d_weight, d_part, start, 1)
 
   zeros = (chunks.zeros(wide, hidden.shape[1]), jnp.zeros_like(weight))
-  d_hidden, d_weight = _over_columns(weight, tile, block, zeros)
+  d_hidden, d_weight = over_columns(weight, tile.columns, block, zeros)
   return chunks.back(d_hidden), d_weight
 
 
@@ -193,7 +179,7 @@ def loss_gradients(
       return d_rows + arithmetic.hidden_gradient(d, part), d_weight
 
     rows = jnp.zeros(x.shape[1:], wide)
-    rows, d_weight = _over_columns(weight, tile, block, (rows, d_weight))
+    rows, d_weight = over_columns(weight, tile.columns, block, (rows, d_weight))
     columns = _set(columns, i, (losses, *outs))
     return columns, d_hidden.at[i].set(rows.astype(hidden.dtype)), d_weight, kept
 
@@ -218,7 +204,7 @@ def _chunk_logits(x, weight, y, temperature, softcap, tile: Tile, kept):
     return kept, arithmetic.add_columns(sums, logits, y - start)
 
   sums = arithmetic.no_columns(jnp.zeros(x.shape[0], kept.dtype))
-  kept, sums = _over_columns(weight, tile, block, (kept, sums))
+  kept, sums = over_columns(weight, tile.columns, block, (kept, sums))
   return kept, arithmetic.finish(sums)
 
 
@@ -239,7 +225,7 @@ def expected_score(hidden, weight, mask, temperature, *, layout: Layout, tile: T
       log_p = lax.dynamic_slice_in_dim(kept, start, part.shape[1], 1) - lse[:, None]
       return total + jnp.sum(jnp.exp(2 * log_p) * (entropy[:, None] + log_p), axis=-1)
 
-    total = _over_columns(weight, tile, block, jnp.zeros(chunks.rows, wide))
+    total = over_columns(weight, tile.columns, block, jnp.zeros(chunks.rows, wide))
     return out.at[i].set(layout.sum_vocabulary(total)), kept
 
   kept = jnp.zeros((chunks.rows, weight.shape[1]), wide)

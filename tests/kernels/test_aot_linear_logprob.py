@@ -66,25 +66,19 @@ def temporaries(target, sizes, loss, kernels=None) -> int:
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def exchanged(sizes) -> int:
-  """Bytes that the split itself costs a device, whatever the loss: operands of the exchanges."""
-  data, fsdp, tensor = sizes
-  weight = 2 * D * V // tensor
-  summed = weight if data * fsdp > 1 else 0  # the weight's gradient, over the rows' shards
-  gathered = weight if fsdp > 1 else 0
-  rows = 2 * T * D // (data * fsdp) if tensor > 1 else 0  # d_hidden, over the vocabulary's
-  return summed + gathered + rows
+# On a split mesh a device has a quarter of the logits. What is left then: the rows under the mask,
+# d_hidden before its sum over the vocabulary, and under fsdp two slices and d_hidden in float32.
+LIMITS = {(1, 1, 1): 0.05, (1, 1, 4): 0.06, (1, 2, 2): 0.095}
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 4), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", LIMITS, ids=str)
 @pytest.mark.parametrize("target", [*aot.TPUS, aot.H100])
 def test_temporaries_of_the_loss(target, sizes):
   tpu = target != aot.H100
   naive = temporaries(target, sizes, plain)
-  # The gathered weight is among the plain loss's temporaries too.
   used = temporaries(target, sizes, general, kernels=3 if tpu else 0)
   print(f"{target} {sizes}: {used / 2**20:.0f} of {naive / 2**20:.0f} MiB")
-  assert used - exchanged(sizes) <= (0.05 if tpu else 0.35) * naive
+  assert used <= (LIMITS[sizes] if tpu else 0.35) * naive
 
 
 @pytest.mark.parametrize("target", [*aot.TPUS, aot.H100])

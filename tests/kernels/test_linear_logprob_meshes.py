@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from trinity_jax import ops
-from trinity_jax.kernels.linear_logprob import api, layout
+from trinity_jax.kernels.linear_logprob import api, columns, layout
 from trinity_jax.models.sharding import make_mesh
 
 COUNT, WIDTH = 37, 16  # no multiple of the row shards
@@ -63,6 +63,18 @@ def test_equals_one_device(shape, vocabulary, names):
       cases.close(got, expected, 1e-5)
 
 
+@pytest.mark.parametrize("shape,name", [((2, 2, 2), "tiles"), ((1, 4, 1), "pallas_tpu")], ids=str)
+def test_a_large_weight_is_gathered_in_slices(shape, name, monkeypatch):
+  """Two slices of 128 columns and a rest on each shard."""
+  monkeypatch.setattr(columns, "SLICE", 1)
+  vocabulary = 300 * shape[2]
+  args, expected = on_one_device(vocabulary)
+  # A function of its own: the limit is no argument that a compiled program could be told by.
+  own = jax.jit(lambda *args: everything(*args, implementation=cases.TABLE[name]))
+  with jax.set_mesh(make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])):
+    cases.close(jax.tree.leaves(own(*args)), expected, 1e-5)
+
+
 def test_layouts():
   assert layout.layout_of(64) == layout.Layout()
   with jax.set_mesh(make_mesh(2, 2, 2)):
@@ -111,8 +123,8 @@ def test_logits_and_vocabulary_are_never_gathered(fused):
   program = compiled(make_mesh(2, 2, 2), count, width, vocabulary, fused)
   text = program.as_text()
   for rows in (count, count // 4):
-    for columns in (vocabulary, vocabulary // 2):
-      assert f"f32[{rows},{columns}]" not in text
+    for size in (vocabulary, vocabulary // 2):
+      assert f"f32[{rows},{size}]" not in text
   assert f"f32[{width},{vocabulary}]" not in text  # the weight is gathered over fsdp only
   assert f"f32[{width},{vocabulary // 2}]" in text
   whole = count // 4 * vocabulary // 2 * 4
@@ -122,6 +134,14 @@ def test_logits_and_vocabulary_are_never_gathered(fused):
   assert program.memory_analysis().temp_size_in_bytes < limit
   # Each device keeps its part of the gradient.
   assert program.memory_analysis().output_size_in_bytes < whole // 8
+
+
+def test_a_large_weight_is_never_whole(monkeypatch):
+  width, vocabulary = 64, 32768
+  monkeypatch.setattr(columns, "SLICE", 4 * width * 4096)
+  text = compiled(make_mesh(2, 2, 2), 4096, width, vocabulary, True).as_text()
+  assert f"f32[{width},{vocabulary // 2}]" not in text
+  assert f"f32[{width},4096]" in text
 
 
 def test_small_logits_stay_split_too():

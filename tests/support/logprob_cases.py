@@ -15,7 +15,7 @@ TABLE = {
   "xla": "xla",
   "tiles": api.xla_tiles(xla.Tile(4, 6)),
   "tiles_transposed": api.xla_tiles(xla.Tile(5, 16, transpose=True)),
-  "pallas_tpu": api.PALLAS_TPU._replace(
+  "pallas_tpu": api.pallas()._replace(
     forward=functools.partial(pallas_tpu.forward, interpret=True),
     backward=functools.partial(pallas_tpu.backward, interpret=True),
     platforms=None,
