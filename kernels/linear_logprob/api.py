@@ -312,25 +312,24 @@ def _merged(plan: _Plan, *args):
   """Inside map: (logprob, entropy, lse) over all columns, 0 where masked."""
   forward = lambda implementation, *args: implementation.forward(*args, softcap=plan.softcap)
   run = functools.partial(_run, plan, forward)
-  parts = columns.forward(run, plan.layout, plan.slice, *args) if plan.slice else run(*args)
+  parts: Any = columns.forward(run, plan.layout, plan.slice, *args) if plan.slice else run(*args)
   return tuple(jnp.where(args[3], x, 0) for x in plan.layout.merge(*parts))
 
 
 def _gradients(plan: _Plan, *args):
   """Inside map: (d_hidden, d_weight), summed over the shards that share them."""
   layout = plan.layout
-  hidden, weight = args[:2]
-  backward = lambda implementation, *args: _fit(
-    *args[:2], implementation.backward(*args, softcap=plan.softcap)
+  backward = lambda implementation, hidden, weight, *rest: _fit(
+    hidden, weight, implementation.backward(hidden, weight, *rest, softcap=plan.softcap)
   )
   run = functools.partial(_run, plan, backward)
   if plan.slice:
     d_hidden, d_weight = columns.backward(run, layout, plan.slice, *args)
-    return layout.sum_vocabulary(d_hidden.astype(hidden.dtype)), d_weight
+    return layout.sum_vocabulary(d_hidden.astype(args[0].dtype)), d_weight
   return _summed(layout, *run(*args))
 
 
-def _summed(layout: Layout, d_hidden, d_weight):
+def _summed(layout: Layout, d_hidden: Any, d_weight: Any):
   return layout.sum_vocabulary(d_hidden), layout.sum_weight_gradient(d_weight)
 
 
@@ -423,7 +422,7 @@ def _loss_by(plan: _Plan, token_loss: TokenLoss, implementation: Implementation,
   losses, outs, *found = implementation.loss_gradients(
     *args, token_loss=token_loss, layout=plan.layout, softcap=plan.softcap
   )
-  return losses, outs, _summed(plan.layout, *_fit(*args[:2], found))
+  return losses, outs, _summed(plan.layout, *_fit(args[0], args[1], found))
 
 
 def _loss_in_two(plan: _Plan, token_loss: TokenLoss, *args):

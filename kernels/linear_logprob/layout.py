@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     """Of the weight [D, V]: gathered over fsdp, or left split over it."""
     return PartitionSpec("fsdp" if split else None, self.vocabulary)
 
-  def shard(self, weight: tuple[int, int]) -> tuple[int, int]:
+  def shard(self, weight: tuple[int, ...]) -> tuple[int, int]:
     """Shape of a device's part of a weight [D, V] that is split over fsdp."""
     return weight[0] // self.mesh.shape["fsdp"], weight[1] // self.vocabulary_shards
 
