@@ -4,13 +4,18 @@
   --config.a.b=VALUE      overrides one key; --mode=keys lists every key with its meaning
   --workdir=DIR           the run's folder: made, or continued by the same command
   --mode=both             samples and trains (the default)
+        train             only trains; explorers, in processes of their own, fill the buffer
+        explore           only samples, for the trainer of the same --workdir; as many as you like,
+                          each with its own --config.explorer.name
+        bench             evaluates every checkpoint of --workdir on every held-out set
         check             validates, prints data, shapes and memory per device, runs nothing
         keys              prints every config key: default, limits, meaning
   --debug                 prints tracebacks of user errors too
   --verbosity=N           what libraries log: -1 warnings (default), 0 information, 1 debugging
   --help                  prints this
 
-Exit codes: 0 done, 1 a mistake in what was given (one line on stderr), 3 a run that had to stop.
+Exit codes: 0 done, 1 a mistake in what was given (one line on stderr), 3 a run that had to stop,
+75 asked to end by SIGTERM, everything is saved. The same command continues a run after 3 and 75.
 """
 
 from __future__ import annotations
@@ -26,12 +31,13 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from trinity_jax import config_schema
+from trinity_jax import config_keys, config_schema
 from trinity_jax.config import resolve
 from trinity_jax.errors import RunFailed, UserError, root_cause, suggestion
 from trinity_jax.kernels.errors import CannotRun  # pyright: ignore[reportMissingImports]
+from trinity_jax.preemption import EXIT_CODE, Preempted
 
-MODES = ("both", "check", "keys")
+MODES = (*config_schema.MODES, "keys")
 
 
 def own_flags() -> flags.FlagValues:
@@ -57,7 +63,7 @@ def _flag_errors(known: list[str]) -> Iterator[None]:
     raise UserError(f"unknown flag --{e.flagname}{hint} (config keys: --config.a.b=value)") from e
   except flags.IllegalFlagValueError as e:
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(e), re.DOTALL)
-    if found and (expected := config_schema.describe(found[1])):
+    if found and (expected := config_keys.describe(found[1])):
       raise UserError(f"config.{found[1]} = {found[2]!r}: expected {expected}") from e
     raise UserError(str(e)) from e
   except flags.Error as e:
@@ -118,7 +124,7 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     raise UserError(f"--config.{names[0]} without --config: name the config file it overrides")
   if values is not None:
     for name in names:
-      config_schema.check_key(name)
+      config_keys.check_key(name)
     keys = flags.FlagValues()
     keys.set_gnu_getopt(True)
     with _flag_errors(list(own)):
@@ -145,7 +151,7 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
     print(__doc__)
     return
   if mode == "keys":
-    print(config_schema.render_keys())
+    print(config_keys.render_keys())
     return
   if values is None:
     raise UserError("--config is missing: name a Python file such as configs/quickstart.py")
@@ -173,6 +179,9 @@ def main(argv: list[str]) -> int:
     launch(own, values)
   except Exception as error:  # threads and task groups wrap what happened: look at the root
     cause = root_cause(error)
+    if isinstance(cause, Preempted):
+      print(cause, file=sys.stderr)
+      return EXIT_CODE
     if isinstance(cause, RunFailed):
       traceback.print_exc()
       return 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trinity_jax import config_schema
+from trinity_jax import config_keys, config_schema
 from trinity_jax.config import base_config, resolve, stage_configs
 from trinity_jax.errors import UserError
 
@@ -61,7 +61,7 @@ def test_base_config_is_locked_but_arguments_are_free():
     c.trainer.total_step = 3
   with pytest.raises(AttributeError, match='Did you mean "trainer"'):
     c.trainr = 3
-  free = [path for path, _, default in config_schema.walk() if isinstance(default, dict)]
+  free = [path for path, _, default in config_keys.walk() if isinstance(default, dict)]
   assert "algorithm.policy_loss_args" in free and len(free) >= 5
   for path in free:
     node = c
@@ -73,7 +73,7 @@ def test_base_config_is_locked_but_arguments_are_free():
 
 def test_every_key_is_documented_and_its_default_is_within_its_limits():
   seen = set()
-  for path, meta, default in config_schema.walk():
+  for path, meta, default in config_keys.walk():
     assert path not in seen and len(meta["doc"]) > 4 and meta["doc"].endswith("."), path
     assert meta["choices"] is None or default in meta["choices"], path
     seen.add(path)
@@ -90,7 +90,7 @@ def test_every_key_is_read_somewhere():
   )
   unread = [
     path
-    for path, _, _ in config_schema.walk()
+    for path, _, _ in config_keys.walk()
     if not re.search(rf"\.{path.rsplit('.', 1)[-1]}\b", code)
   ]
   assert unread == []
@@ -211,27 +211,27 @@ def test_a_stage_whose_model_the_next_one_needs():
 
 
 def test_keys_are_listed_with_default_limits_and_meaning():
-  text = config_schema.render_keys()
-  for path, meta, default in config_schema.walk():
+  text = config_keys.render_keys()
+  for path, meta, default in config_keys.walk():
     assert f"config.{path} = {default!r}" in text
     assert meta["doc"].split()[0] in text
   assert "config.explorer.group_size = 8  (int >= 1)\n    Runs per task." in text
   assert "config.optimizer.beta1 = 0.9  (float >= 0.0 and <= 1.0)" in text
   assert "config.trainer.save_hf = 'last'  (one of 'last', 'always', 'never')" in text
   assert "config.sampler.prefill_batches = (1, 8)  (tuple of int)" in text
-  assert config_schema.describe("trainer").startswith("a group of keys")
-  assert config_schema.describe("nothing") == ""
+  assert config_keys.describe("trainer").startswith("a group of keys")
+  assert config_keys.describe("nothing") == ""
 
 
 def test_check_key():
-  for path, _, default in config_schema.walk():
-    config_schema.check_key(path)
+  for path, _, default in config_keys.walk():
+    config_keys.check_key(path)
     if isinstance(default, dict):
-      config_schema.check_key(f"{path}.anything.goes")
+      config_keys.check_key(f"{path}.anything.goes")
   for path, expected in (
     ("trainr.x", "config.trainr: unknown key; did you mean 'trainer'"),
     ("trainer.total_step", "config.trainer.total_step: unknown key; did you mean 'total_steps'"),
     ("seed.x", "config.seed.x: unknown key; config.seed is one value"),
   ):
     with pytest.raises(UserError, match=re.escape(expected)):
-      config_schema.check_key(path)
+      config_keys.check_key(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import launching
 import pytest
 
-from trinity_jax import config_schema
+from trinity_jax import config_keys
 from trinity_jax.errors import RunFailed, UserError, root_cause, suggestion
 
 ROOT = launching.ROOT
@@ -53,7 +53,7 @@ def test_help_wins_over_everything(launch, capsys):
 def test_keys_are_printed(launch, capsys):
   assert launch.main(["main.py", "--mode=keys"]) == 0
   out = capsys.readouterr().out
-  assert all(f"config.{path} = " in out for path, _, _ in config_schema.walk())
+  assert all(f"config.{path} = " in out for path, _, _ in config_keys.walk())
 
 
 def test_overrides_of_every_kind(launch, recipe):
@@ -105,7 +105,7 @@ def test_config_argument(launch, tmp_path):
     (["--cnfig=x"], "unknown flag --cnfig; did you mean 'config'?"),
     (["--config=RECIPE", "--wrkdir=x"], "unknown flag --wrkdir; did you mean 'workdir'?"),
     (["--config=RECIPE"], "--workdir is missing: name the folder"),
-    (["--config=RECIPE", "--mode=tran"], "flag --mode=tran: value should be one of <both|check"),
+    (["--config=RECIPE", "--mode=tran"], "flag --mode=tran: value should be one of <both|explore"),
     (["--config=RECIPE", "left.py"], "unexpected argument 'left.py'"),
     (["--config=RECIPE", "--config.seed=x"], "config.seed = 'x': expected int >= 0; Seed of"),
     (["--config=RECIPE", "--config.seed=-1"], "config.seed = -1: must be at least 0"),

@@ -11,6 +11,7 @@ import types
 import typing
 from typing import Any
 
+from trinity_jax.config_keys import defaults, walk
 from trinity_jax.config_schema import (
   AlgorithmConfig,
   BufferConfig,
@@ -25,8 +26,6 @@ from trinity_jax.config_schema import (
   SyncConfig,
   TasksetConfig,
   TrainerConfig,
-  defaults,
-  walk,
 )
 from trinity_jax.errors import UserError, suggestion
 
@@ -244,6 +243,7 @@ def _check_together(c: Config) -> None:
       "log-probs are those of the whole distribution, so truncated rollouts would be off-policy "
       "without a correction; use top_p=1.0 and top_k=0 for training (evaluation is free to differ)"
     )
+  _check_pace(c)
   per_step = c.explorer.batch_size * c.explorer.group_size
   if c.trainer.batch_size and c.trainer.batch_size % c.explorer.group_size:
     raise UserError(
@@ -257,3 +257,30 @@ def _check_together(c: Config) -> None:
     )
   for i, t in enumerate(c.eval.tasksets):
     taskset_config(t, f"eval.tasksets[{i}]")
+
+
+def _check_pace(c: Config) -> None:
+  """Keys that need rollouts which may depend on the clock, or one process for all."""
+  free = {
+    "sync.style": (c.sync.style, "fixed"),
+    "explorer.over_rollout": (c.explorer.over_rollout, 0.0),
+    "explorer.timeout_ratio": (c.explorer.timeout_ratio, 0.0),
+    "buffer.priority": (c.buffer.priority, ""),
+    "buffer.max_uses": (c.buffer.max_uses, 1),
+  }
+  for name, (value, plain) in free.items():
+    if c.explorer.deterministic and value != plain:
+      raise UserError(
+        f"config.{name} = {value!r}: what a step trains on would depend on the clock, which "
+        "explorer.deterministic = True excludes; set explorer.deterministic=False"
+      )
+  if c.sync.style == "explorer_driven" and c.mode in ("explore", "train"):
+    raise UserError(
+      f"config.sync.style = 'explorer_driven': explorers can ask for weights in --mode=both only, "
+      f"not in {c.mode}; use trainer_driven"
+    )
+  if c.explorer.over_rollout_wait and not c.explorer.over_rollout:
+    raise UserError(
+      f"config.explorer.over_rollout_wait = {c.explorer.over_rollout_wait}: no task is started "
+      "beyond batch_size; set explorer.over_rollout"
+    )

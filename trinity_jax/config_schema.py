@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
-import typing
-from collections.abc import Iterator, Mapping
 from typing import Any
-
-from trinity_jax.errors import UserError, suggestion
 
 
 def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None, each=None) -> Any:
@@ -26,6 +21,9 @@ def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None
   if dataclasses.is_dataclass(default):
     return dataclasses.field(default_factory=lambda: default, metadata=meta)
   return dataclasses.field(default=default, metadata=meta)
+
+
+MODES = ("both", "explore", "train", "bench", "check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +91,26 @@ class ExplorerConfig:
     3, "Steps in a row in which every run failed before the program stops.", low=1
   )
   reward_workers: int = key(2, "Processes that grade answers.", low=1)
+  name: str = key("explorer", "Name of this explorer among several.")
+  over_rollout: float = key(
+    0.0, "Share of tasks started beyond batch_size, so that no step waits for its slowest.", low=0.0
+  )
+  over_rollout_wait: float = key(
+    0.0,
+    "Seconds that tasks beyond batch_size have after the others before they are given up; 0 "
+    "carries them over to later steps.",
+    low=0.0,
+  )
+  timeout_ratio: float = key(
+    0.0,
+    "Limits a run to so many times the mean time of completed ones (run_timeout at most); 0 never.",
+    low=0.0,
+  )
   deterministic: bool = key(
     True,
     "Admission to the sampler waits for every run that may still ask, "
-    "so that resumes are exact; False admits as requests come.",
+    "and a step trains on its own groups, so that resumes are exact; False admits as requests come "
+    "and trains on the groups that are ready.",
   )
 
 
@@ -271,8 +285,21 @@ class TrainerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SyncConfig:
+  style: str = key(
+    "fixed",
+    "Who decides when the explorer changes its weights: fixed takes exactly the version of the "
+    "timeline; trainer_driven the newest there is at each explorer step; explorer_driven asks for "
+    "one every sync.interval explorer steps; fully_async takes each as it comes, mid-rollout.",
+    choices=("fixed", "trainer_driven", "explorer_driven", "fully_async"),
+  )
   interval: int = key(1, "Trainer steps between weight publications.", low=1)
   offset: int = key(0, "Steps the explorer runs ahead of the trainer.", low=0)
+  max_staleness: int = key(
+    -1,
+    "Most trainer steps between the policy that sampled a token and the one it trains: bounds how "
+    "far explorers run ahead, and older tokens are left out. -1 is the style's own.",
+    low=-1,
+  )
   allow_uncorrected: bool = key(
     False, "Let an objective without ratio or correction learn from data of older versions."
   )
@@ -283,6 +310,22 @@ class SyncConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BufferConfig:
+  url: str = key(
+    "sqlite",
+    "Where experiences are kept: sqlite (a file in the run's folder), memory (lost with the "
+    "process; its groups are sampled again), or postgresql://user@host/database.",
+  )
+  max_uses: int = key(1, "How often a group may be trained on.", low=1)
+  cool_down: int = key(0, "Trainer steps before a group may be used again.", low=0)
+  priority: str = key(
+    "", "Which groups first: linear_decay, decay_limit_randomization or 'module:function'; empty "
+    "means the oldest."
+  )
+  priority_args: dict = key({}, "Keyword arguments of the priority.")
+  lease: float = key(
+    30.0, "Seconds after which the work of an explorer that shows no sign of life is given to "
+    "another.", above=0
+  )
   capacity: int = key(
     0,
     "Most experiences held; a full buffer holds the explorer back. 0 means "
@@ -315,12 +358,22 @@ class MonitorConfig:
   mlflow: str = key("", "MLflow tracking URI; empty means off (extra [mlflow]).")
   progress: str = key("auto", "Live view.", choices=("auto", "live", "plain", "none"))
   samples: int = key(2, "Rollouts shown per step.", low=0)
+  stall: float = key(
+    7200.0,
+    "Seconds without any progress after which the run names who holds it up and stops.",
+    above=0,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   name: str = key("run", "Name of the run.")
-  mode: str = key("both", "What this process does; check runs nothing.", choices=("both", "check"))
+  mode: str = key(
+    "both",
+    "What this process does: both; explore and train, in processes of their own; bench evaluates "
+    "every checkpoint; check runs nothing.",
+    choices=MODES,
+  )
   seed: int = key(0, "Seed of everything random.", low=0)
   model: ModelConfig = key(ModelConfig(), "The policy.")
   mesh: MeshConfig = key(MeshConfig(), "Devices.")
@@ -342,75 +395,3 @@ class Config:
     "('trainer.total_steps' or nested); each starts from the previous one's model.",
     each=dict,
   )
-
-
-# --- keys by their dotted names ------------------------------------------------------------------
-
-
-def _default(field: dataclasses.Field) -> Any:
-  factory: Any = field.default_factory
-  return field.default if factory is dataclasses.MISSING else factory()
-
-
-def walk(cls: Any = Config, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any], Any]]:
-  """Yields (dotted path, metadata, default) of every leaf key."""
-  for f in dataclasses.fields(cls):
-    default = _default(f)
-    if dataclasses.is_dataclass(default):
-      yield from walk(type(default), f"{prefix}{f.name}.")
-    else:
-      yield f"{prefix}{f.name}", f.metadata, default
-
-
-def defaults(cls: Any = Config) -> dict[str, Any]:
-  """Nested dict of every key's default."""
-  out = {}
-  for f in dataclasses.fields(cls):
-    default = _default(f)
-    out[f.name] = defaults(type(default)) if dataclasses.is_dataclass(default) else default
-  return out
-
-
-_LIMITS = {"low": ">=", "above": ">", "high": "<="}
-
-
-def check_key(path: str) -> None:
-  """Raises UserError, with a suggestion, when no config key has this dotted name."""
-  cls: Any = Config
-  done = ""
-  for part in path.split("."):
-    hints = typing.get_type_hints(cls)
-    if part not in hints:
-      raise UserError(f"config.{done}{part}: unknown key{suggestion(part, hints)}")
-    done, cls = f"{done}{part}.", hints[part]
-    if cls is dict:  # arguments: whoever takes them checks their names
-      return
-    if not dataclasses.is_dataclass(cls) and f"{path}." != done:
-      raise UserError(f"config.{path}: unknown key; config.{done[:-1]} is one value")
-
-
-def describe(path: str) -> str:
-  """What a key takes and means, in one line; "" for a name that is no key."""
-  for name, meta, default in walk():
-    if name == path:
-      return f"{_kind(default, meta)}; {meta['doc']}"
-    if name.startswith(f"{path}."):
-      return f"a group of keys; set them one by one, as --config.{name}=..."
-  return ""
-
-
-def _kind(default: Any, meta) -> str:
-  limits = [f"{sign} {meta[k]}" for k, sign in _LIMITS.items() if meta[k] is not None]
-  if meta["choices"]:
-    return "one of " + ", ".join(map(repr, meta["choices"]))
-  of = f" of {meta['each'].__name__}" if meta["each"] else ""
-  return " ".join([type(default).__name__ + of, *([" and ".join(limits)] if limits else [])])
-
-
-def render_keys() -> str:
-  """Every key, its default, what it takes and what it means, as text of 100 columns."""
-  out = []
-  for path, meta, default in walk():
-    out.append(f"config.{path} = {default!r}  ({_kind(default, meta)})")
-    out += textwrap.wrap(meta["doc"], 96, initial_indent="    ", subsequent_indent="    ")
-  return "\n".join(out)
