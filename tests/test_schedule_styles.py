@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from schedule_sim import Deadlock, Simulation, World, timeline
 
 from trinity_jax.errors import UserError
-from trinity_jax.schedule import STYLES, Schedule
+from trinity_jax.schedule import STYLES, Schedule, make_schedule
 
 LEAVES = 50  # interleavings of each example
 
@@ -163,3 +164,11 @@ def test_wrong_values(keys, message):
 def test_dynamic_styles_must_know_the_newest_version():
   with pytest.raises(ValueError, match="newest"):
     Schedule(style="trainer_driven").version_for(3)
+
+
+def test_schedule_of_a_config():
+  sync = SimpleNamespace(interval=2, offset=1, style="fully_async", max_staleness=-1)
+  assert make_schedule(sync) == Schedule(2, 1, "fully_async")
+  sync.max_staleness = 0
+  sync.interval = 1
+  assert make_schedule(sync).max_lag == 0
