@@ -181,9 +181,3 @@ def make_schedule(sync: SyncConfig) -> Schedule:
   """The schedule of config.sync."""
   staleness = None if sync.max_staleness < 0 else sync.max_staleness
   return Schedule(sync.interval, sync.offset, sync.style, staleness)
-
-
-def make_schedule(sync: Any) -> Schedule:
-  """The schedule of `config.sync`, whose max_staleness is -1 for the style's own."""
-  staleness = None if sync.max_staleness < 0 else sync.max_staleness
-  return Schedule(sync.interval, sync.offset, sync.style, staleness)
