@@ -1,126 +1,287 @@
-"""ReplayBuffer: complete groups in, experiences of one optimizer step out, in id order.
+"""ReplayBuffer: complete groups in, experiences of one optimizer step out; nothing lost or doubled.
 
-A group is put whole (failed runs included, as empty experiences), so the number of experiences is
-known and the order can be that of the ids, whatever the order of arrival: what a synchronous run
-trains on does not depend on the clock. Storage in memory.
+A group is put whole (failed runs included, as empty experiences), so a synchronous run can train in
+the order of the ids, whatever the order of arrival. What is stored, used and claimed lives in a
+store (memory, SQLite, PostgreSQL) that several processes may share; each makes a buffer of its own.
+
+Durability: a group that `put` accepted survives the end (`kill -9`) of every process of ours. With
+SQLite the last transactions may be lost with power unless the store was opened with
+durability="power"; the file stays consistent. PostgreSQL has its server's `synchronous_commit`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
-from trinity_jax.errors import RunFailed
-from trinity_jax.experience import Experience
+from trinity_jax.buffer.bell import ThreadBell
+from trinity_jax.buffer.fifo import Fifo
+from trinity_jax.buffer.priority import Priority, make_priority
+from trinity_jax.buffer.record import Claim, Key, Outcome, Rules, Store, describe_group
+from trinity_jax.buffer.staleness import mask_group
+from trinity_jax.buffer.writer import Writer
+from trinity_jax.errors import RunFailed, UserError
+from trinity_jax.experience import Experience, ExperienceId
+
+ORDERS = ("id", "ready", "priority")
 
 
 class ReplayBuffer:
-  """FIFO by (explorer step, task), bounded by experiences, thread-safe.
+  """Groups between explorers and trainers, by the rules of one run.
+
+  Explorer steps ("batches") and trainer steps count from 1; a group is (batch, task), task from 0.
+  Trainer step t trains policy version t - 1.
 
   Args:
-    capacity: most experiences held; `put` waits while a group does not fit.
-    tasks_per_step: tasks of each explorer step: which group comes next is then known.
-    first_step: explorer step whose groups come first (after a resume: not 1).
+    store: see `open_store`; the buffer does not close it.
+    capacity: `put` waits while this many experiences are ready and not used.
+    order: "id", strictly by (batch, task); "ready", the complete group with the lowest id;
+      "priority", the highest first.
+    tasks_per_step: tasks of each explorer step.
+    max_staleness: most trainer steps by which a token's version may lag; None for any.
+    max_uses: trainer steps that may use a group; more than one needs order "ready" or "priority".
+    cool_down: least difference of two steps that use the same group.
+    priority: name in `priority.PRIORITIES` or a function, for order "priority" only ("linear_decay"
+      when None).
+    bell: rings when something changed; the store's own when None.
+    seed, priority_args: of the priority.
+    first_batch: explorer step that comes first where the store is empty.
+    keep: never delete what has been used, so that the run can be replayed from its store.
+
+  Raises:
+    UserError: arguments that contradict one another.
   """
 
-  def __init__(self, capacity: int, tasks_per_step: int, first_step: int = 1):
-    self._capacity = capacity
-    self._tasks = tasks_per_step
-    self._next = (first_step, 0)
-    self._held: list[tuple[tuple[int, int], int, list[Experience]]] = []
-    self._count = 0
-    self._serial = 0
-    self._changed = threading.Condition()
-    self._space: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+  def __new__(cls, store, *args, **kwargs):
+    # Callers of the buffer before this one; goes with them.
+    return Fifo(store, *args, **kwargs) if isinstance(store, int) else super().__new__(cls)
+
+  def __init__(
+    self,
+    store: Store,
+    *,
+    capacity: int,
+    order: Literal["id", "ready", "priority"],
+    tasks_per_step: int,
+    max_staleness: int | None = None,
+    max_uses: int = 1,
+    cool_down: int = 0,
+    priority: str | Priority | None = None,
+    bell: ThreadBell | None = None,
+    seed: int = 0,
+    priority_args: Mapping[str, Any] | None = None,
+    first_batch: int = 1,
+    keep: bool = False,
+  ):
+    if order not in ORDERS:
+      raise UserError(f"replay order {order!r}: expected one of {', '.join(ORDERS)}")
+    if order == "id" and max_uses > 1:
+      raise UserError(
+        f"replay order 'id' uses each group once, max_uses is {max_uses}; "
+        "take order 'ready' or 'priority'"
+      )
+    if order != "priority" and priority is not None:
+      raise UserError(
+        f"replay priority {priority!r} needs order 'priority', the order is {order!r}"
+      )
+    for name, value, least in (("max_uses", max_uses, 1), ("cool_down", cool_down, 0),
+                               ("tasks_per_step", tasks_per_step, 1)):  # fmt: skip
+      if value < least:
+        raise UserError(f"replay {name} = {value}: expected at least {least}")
+    self.store = store
+    self.bell = bell or store.bell
+    self._rules = Rules(
+      capacity, order, tasks_per_step, max_staleness, max_uses, cool_down,
+      first_batch=first_batch, keep=keep,
+      **({"priority": make_priority(priority or "linear_decay", seed, priority_args or {})}
+         if order == "priority" else {}),
+    )  # fmt: skip
     self._closed: BaseException | None = None
+    self._writer = Writer(lambda groups: store.put(groups, self._rules), self.bell)
 
   def __len__(self) -> int:
-    """Experiences held."""
-    with self._changed:
-      return self._count
+    """Experiences that are ready and not used."""
+    return self.store.stats().fresh
 
-  async def put(self, group: Sequence[Experience]) -> None:
-    """Takes one task's runs; waits (without blocking the event loop) while the buffer is full.
+  # --- producers ---------------------------------------------------------------------------------
 
-    The group that is due next is always taken, or a full buffer of later groups would wait for
-    it for ever.
+  async def put(self, group: Sequence[Experience]) -> Outcome:
+    """Takes one task's runs; they are durable when it returns.
+
+    Waits, without blocking the event loop, while the buffer is full. The group that is due next
+    (order "id") is always taken, or a full buffer of later groups would wait for it for ever. Once
+    the trainer has finished nothing waits.
+
+    Returns:
+      "stored"; or, when a group of that id is there already (a restarted explorer's), "same" or
+      "different" by tokens, versions, rewards and log-probs. The stored one stays.
+
+    Raises:
+      RunFailed: the buffer was closed, or the store failed.
     """
-    name = group[0].id.group
-    while True:
-      with self._changed:
-        if self._closed is not None:
-          raise RunFailed("the replay buffer is closed") from self._closed
-        if self._count + len(group) <= self._capacity or name == self._next:
-          self._insert(name, list(group))
-          return
-        waiter = (asyncio.get_running_loop(), asyncio.Event())
-        self._space.append(waiter)
-      try:
-        await waiter[1].wait()
-      finally:
-        with self._changed:  # a cancelled producer's loop may be gone when somebody wakes it
-          self._space = [w for w in self._space if w is not waiter]
+    put = self._writer.submit(describe_group(group))
+    try:
+      return await asyncio.wrap_future(put.done)
+    except asyncio.CancelledError:
+      self._writer.abandon(put)
+      raise
 
-  def _insert(self, name, group) -> None:
-    if name < self._next or any(name == held for held, _, _ in self._held):
-      raise ValueError(f"group {name} was put twice")
-    heapq.heappush(self._held, (name, self._serial, group))
-    self._serial += 1
-    self._count += len(group)
-    self._changed.notify_all()
+  def give_reward(self, id: ExperienceId, reward: float) -> None:
+    """The reward of an experience that was put with info["awaits_reward"] and without one.
 
-  def _take_due(self, n: int, out: list[Experience]) -> None:
-    """Moves groups that are due into `out` until it holds n experiences."""
-    while len(out) < n and self._held and self._held[0][0] == self._next:
-      _, _, group = heapq.heappop(self._held)
-      out.extend(group)
-      self._count -= len(group)
-      step, task = self._next
-      self._next = (step, task + 1) if task + 1 < self._tasks else (step + 1, 0)
+    Its group is ready when the last has come. The same reward again changes nothing.
 
-  def sample(
-    self, n: int, deadline: float, describe: Callable[[], str] = lambda: ""
-  ) -> list[Experience]:
-    """The next n experiences in id order (whole groups); blocks until they are there.
+    Raises:
+      UserError: the experience is not held, waits for nothing, or has another reward.
+    """
+    self.store.give_reward(id, reward, self._rules)
+
+  def claim(self, owner: str, lease: float, *, new: bool = True) -> Claim | None:
+    """An explorer step for `owner` to run within `lease` seconds (see `heartbeat`).
+
+    First those whose owner released them or let the lease expire, then the next new one.
 
     Args:
-      n: a multiple of the group size.
+      new: False to look for abandoned steps only, e.g. while waiting for a policy version.
+
+    Returns:
+      The step and its tasks that are not stored; None when the trainer has finished (or, without
+      `new`, nothing is abandoned).
+    """
+    return self.store.claim(owner, lease, self._rules, new)
+
+  def heartbeat(self, owner: str, lease: float) -> None:
+    """Extends the owner's claims to `lease` seconds from now."""
+    self.store.heartbeat(owner, lease)
+
+  def release(self, owner: str) -> None:
+    """Gives back the owner's claims: at start-up (of a process killed before) and at a clean end."""
+    self.store.release(owner)
+
+  def held(self, batch: int) -> set[int]:
+    """Tasks of an explorer step whose groups are stored, used ones included."""
+    return self.store.held(batch)
+
+  # --- the trainer -------------------------------------------------------------------------------
+
+  def sample(
+    self,
+    groups: int,
+    step: int,
+    deadline: float,
+    describe: Callable[[], str] = lambda: "",
+  ) -> list[Experience]:
+    """The experiences of `groups` groups for trainer step `step`, in id order; blocks.
+
+    The groups are marked as used by `step`, durably; `restore` takes that back. Action tokens older
+    than max_staleness come with action_mask False; groups without any other are dropped on the way.
+
+    Args:
       deadline: seconds to wait.
       describe: called when the wait expires; says what the producers are doing.
 
     Raises:
-      RunFailed: the wait expired (says which group is missing) or the buffer was closed.
+      RunFailed: the wait expired (says what is missing), the buffer was closed, the store failed.
+      UserError: a stored experience is damaged.
     """
-    out: list[Experience] = []
+    taken: list[Key] = []
+    found: dict[Key, list[Experience]] = {}
     end = time.monotonic() + deadline
-    while True:
-      with self._changed:
-        self._take_due(n, out)
-        self._wake_producers()
-        if len(out) >= n:
-          return out
+    try:
+      while True:
+        seen = self.bell.count
+        new = self.store.take(groups - len(taken), step, self._rules)
+        taken += new
+        found |= zip(new, self.store.load(new))
+        if len(taken) >= groups:
+          return self._masked(found, step)
         if self._closed is not None:
           raise RunFailed("the replay buffer was closed while the trainer waited") from self._closed
         left = end - time.monotonic()
         if left <= 0:
-          raise RunFailed(
-            f"the trainer waited {deadline:.0f} s (sync.timeout) for {n} experiences and has "
-            f"{len(out)}: group {self._next} (explorer step, task) is missing, {self._count} later "
-            f"ones are here. {describe()}"
-          )
-        self._changed.wait(left)
+          raise RunFailed(self._missing(groups, len(taken), deadline, describe))
+        self.bell.wait(seen, left)
+    except BaseException:
+      if taken:
+        self.store.untake(taken, step, self._rules)
+      raise
 
-  def _wake_producers(self) -> None:
-    waiting, self._space = self._space, []
-    for loop, event in waiting:
-      loop.call_soon_threadsafe(event.set)
+  def _masked(self, found: dict[Key, list[Experience]], step: int) -> list[Experience]:
+    oldest = self._rules.oldest(step)
+    out: list[Experience] = []
+    counts: dict[Key, int] = {}
+    for key in sorted(found):
+      experiences, masked = mask_group(found[key], oldest)
+      out += experiences
+      if masked:
+        counts[key] = masked
+    if counts:
+      self.store.note_masked(step, counts)
+    return out
 
-  def close(self, error: BaseException) -> None:
-    """Fails everyone who waits, now and later."""
-    with self._changed:
-      self._closed = error
-      self._wake_producers()
-      self._changed.notify_all()
+  def _missing(self, groups: int, have: int, deadline: float, describe: Callable[[], str]) -> str:
+    stats = self.store.stats()
+    what = (
+      f"group {self.store.due(self._rules)} (explorer step, task) is missing"
+      if self._rules.order == "id"
+      else f"none more may be used (max_uses {self._rules.max_uses}, cool_down "
+      f"{self._rules.cool_down})"
+    )
+    late = f", {stats.waiting} wait for a reward" if stats.waiting else ""
+    return (
+      f"the trainer waited {deadline:.0f} s (sync.timeout) for {groups} groups and has {have}: "
+      f"{what}, {stats.ready} ready ones are here{late}. {describe()}"
+    )
+
+  def commit(self, step: int) -> None:
+    """A checkpoint of `step` is durable: uses up to it are final.
+
+    The experiences of groups that are used up are deleted (not with `keep`); their ids, uses and
+    digests stay.
+    """
+    self.store.commit(step, self._rules)
+
+  def restore(self, step: int) -> None:
+    """The run goes on from the checkpoint of `step` (0: from the start): later uses are forgotten.
+
+    Raises:
+      UserError: a later checkpoint was committed and what it used is deleted.
+    """
+    self.store.restore(step, self._rules)
+
+  def finish(self) -> None:
+    """The trainer is done: `claim` returns None from now on, in every process."""
+    self.store.finish()
+
+  @property
+  def finished(self) -> bool:
+    return self.store.finished
+
+  def close(self, error: BaseException | None = None) -> None:
+    """Fails everyone of this process who waits, now and later; what is complete can be sampled."""
+    self._closed = error or RunFailed("the replay buffer was closed")
+    self._writer.close(self._closed)
+    self.bell.ring_here()
+
+  # --- what there is -----------------------------------------------------------------------------
+
+  @property
+  def dropped(self) -> int:
+    """Groups dropped as stale: the schedule does not count them."""
+    return self.store.stats().dropped
+
+  def stats(self) -> dict[str, int]:
+    """Groups ready, waiting (for a reward), claimed (and not stored), used, dropped; experiences
+    that are ready and not used; stale action tokens masked."""
+    now = self.store.stats()
+    return {
+      "ready": now.ready,
+      "waiting": now.waiting,
+      "claimed": self.store.claimed(self._rules),
+      "used": now.used,
+      "dropped": now.dropped,
+      "experiences": now.fresh,
+      "masked_tokens": now.masked,
+    }
