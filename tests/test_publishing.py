@@ -379,13 +379,13 @@ def test_close_fails_everyone_now_and_later(tmp_path):
 
 # --- probe ---------------------------------------------------------------------------------------
 
-MODEL = ModelConfig("qwen3", 64, 32, 2, 4, 2, 16, 48, qk_norm=True, tie_word_embeddings=True)
+MODEL = ModelConfig("qwen3", 64, 32, 1, 4, 2, 16, 48, qk_norm=True, tie_word_embeddings=True)
 
 
 def test_the_probe_agrees_across_meshes_and_notices_another_model(tmp_path):
   meshes = [
-    sharding.make_mesh(1, 2, 2, jax.devices()[:4]),
-    sharding.make_mesh(1, 1, 2, jax.devices()[4:6]),
+    sharding.make_mesh(1, 2, 1, jax.devices()[:2]),
+    sharding.make_mesh(1, 1, 2, jax.devices()[2:4]),
   ]
   layouts = [sharding.param_shardings(MODEL, m) for m in meshes]
   probes = [make_probe(MODEL, LaunchOrder(m)) for m in meshes]
