@@ -54,7 +54,7 @@ class ReplayBuffer:
     UserError: arguments that contradict one another.
   """
 
-  def __new__(cls, store, *args, **kwargs):
+  def __new__(cls, store: Any, *args: Any, **kwargs: Any) -> Any:
     # Callers of the buffer before this one; goes with them.
     return Fifo(store, *args, **kwargs) if isinstance(store, int) else super().__new__(cls)
 
@@ -157,7 +157,7 @@ class ReplayBuffer:
     self.store.heartbeat(owner, lease)
 
   def release(self, owner: str) -> None:
-    """Gives back the owner's claims: at start-up (of a process killed before) and at a clean end."""
+    """Gives back the owner's claims: at start-up (after a kill) and at a clean end."""
     self.store.release(owner)
 
   def held(self, batch: int) -> set[int]:

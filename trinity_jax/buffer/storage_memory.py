@@ -64,7 +64,7 @@ class MemoryStore:
 
   def put(self, groups: Sequence[Group], rules: Rules) -> list[Outcome | None]:
     with self._lock:
-      out = [self._put(group, rules) for group in groups]
+      out: list[Outcome | None] = [self._put(group, rules) for group in groups]
     if "stored" in out:
       self.bell.ring()
     return out
@@ -277,7 +277,8 @@ class MemoryStore:
 
   def stats(self) -> Stats:
     with self._lock:
-      return Stats(*self._counts.values(), self._fresh, self._masked)
+      ready, waiting, used, dropped = (self._counts[s] for s in Status)
+      return Stats(ready, waiting, used, dropped, self._fresh, self._masked)
 
   def finish(self) -> None:
     with self._lock:

@@ -1,4 +1,4 @@
-"""One thread that writes groups: puts in flight share transactions, the full buffer holds some back.
+"""One thread that writes groups: puts in flight share transactions, a full buffer holds some back.
 
 The thread lives while something is to be written or held back.
 """
