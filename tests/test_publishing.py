@@ -194,7 +194,9 @@ def test_a_trainer_that_went_back_begins_a_lineage(tmp_path, resumed, value):
 
   asyncio.run(go())
   assert not bell.callbacks
+  assert isinstance(source.failure, LineageChanged)
   fresh = reader(tmp_path)
+  assert fresh.failure is None
   assert (fresh.version, fresh.lineage) == (6, 1)
   assert_equal(read(fresh, resumed)[1], host(value))
   assert_equal(read(fresh, 6)[1], host(6))
@@ -363,10 +365,14 @@ def test_close_fails_everyone_now_and_later(tmp_path):
   bell, cause = Bell(), ValueError("bad step")
   source = reader(tmp_path, bell=bell)
 
+  rung = []
+  bell.subscribe(lambda: rung.append(source.failure))
+
   async def go():
     tasks = [asyncio.create_task(source.wait_for(v)) for v in (1, 2)]
     await asyncio.sleep(0)
     source.close(cause)
+    assert len(rung) == 1 and rung[0].__cause__ is cause
     errors = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), WAIT)
     for e in errors:
       assert isinstance(e, RunFailed) and e.__cause__ is cause
@@ -374,7 +380,7 @@ def test_close_fails_everyone_now_and_later(tmp_path):
       await source.wait_for(0)
 
   asyncio.run(go())
-  assert not bell.callbacks
+  assert len(bell.callbacks) == 1  # the test's
 
 
 # --- probe ---------------------------------------------------------------------------------------

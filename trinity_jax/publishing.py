@@ -182,7 +182,8 @@ class SnapshotReader:
     directory: the publisher's; made when it is not there yet.
     shardings: where each tensor goes; a pytree of the parameters' structure.
     dtype: of the params that are returned.
-    bell: rings when the manifest has changed.
+    bell: rings when the manifest has changed. Who subscribes to it later than the reader finds
+      `version` and `failure` up to date when called.
     timeout: seconds to wait for a version (sync.timeout).
     probe: evaluates what was read and compares; None = no probe.
     launch: of the mesh of `shardings`, where other threads use it too.
@@ -202,7 +203,7 @@ class SnapshotReader:
     self.directory = Path(directory).absolute()
     self.directory.mkdir(parents=True, exist_ok=True)
     self._shardings, self._timeout, self._probe = shardings, timeout, probe
-    self._launch = launch
+    self._launch, self._bell = launch, bell
     self._run = launch or (lambda program, *args: program(*args))
     self._cast, self._dtype = _caster(dtype), jnp.dtype(dtype)
     self._lock = threading.Lock()
@@ -259,13 +260,19 @@ class SnapshotReader:
     return await asyncio.to_thread(self._load, version)
 
   def close(self, error: BaseException) -> None:
-    """Fails everyone who waits, now and later."""
+    """Fails everyone who waits, now and later; rings."""
     with self._lock:
       self._closed = self._closed or error
       waiters, self._waiters = self._waiters, []
     self._unsubscribe()
     for _, future in waiters:
       future.set_exception(self._ended())
+    self._bell.ring()
+
+  @property
+  def failure(self) -> RunFailed | None:
+    """Why no version will come any more (LineageChanged, a damaged manifest, `close`), or None."""
+    return None if self._closed is None else self._ended()
 
   def _ended(self) -> RunFailed:
     error = self._closed
