@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +12,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax.buffer.bell import ThreadBell
+from trinity_jax.buffer.replay import ReplayBuffer
+from trinity_jax.buffer.storage_memory import MemoryStore
 from trinity_jax.config import Config, taskset_config
 from trinity_jax.errors import UserError
-from trinity_jax.experience import Task
+from trinity_jax.experience import Experience, Task
+from trinity_jax.explorer.explorer import Explorer, Versions, tasks_per_batch
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import params as params_lib
 from trinity_jax.models import sharding
 from trinity_jax.models.presets import ModelConfig
+from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler import roofline
 from trinity_jax.sampler.cache import aligned, buckets
 from trinity_jax.sampler.engine import EngineSpec
@@ -27,6 +32,7 @@ from trinity_jax.sampler.pool import SamplerPool
 from trinity_jax.sampler.programs import Programs, shards_of
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.sampler.scheduler import Sampler
+from trinity_jax.schedule import Schedule, make_schedule
 from trinity_jax.tasks.demonstrations import PER_TASK, REQUIRED
 from trinity_jax.tasks.taskset import Taskset, load_taskset
 from trinity_jax.trainer.scoring import Policy
@@ -74,6 +80,49 @@ def make_programs(
       sorted({min(n, max(1, s.slots // shards_of(mesh))) for n in s.prefill_batches})
     ),
   )
+
+
+def kept_versions(schedule: Schedule) -> int:
+  """Published versions to keep: those of every rollout on its way, where it is known which."""
+  return schedule.max_lag + 1 if schedule.style == "fixed" else 2
+
+
+def make_buffer(config: Config, schedule: Schedule, directory: Path, start: int) -> ReplayBuffer:
+  """The replay buffer of a stage; it owns its store, see `close_buffer`.
+
+  Args:
+    start: trainer steps done: where an empty store begins.
+
+  Raises:
+    UserError: storage that cannot be had, or that other processes could not see.
+  """
+  b, e = config.buffer, config.explorer
+  if b.url == "memory" and config.mode != "both":
+    raise UserError(
+      f"config.buffer.url = 'memory': --mode={config.mode} shares the buffer with other processes; "
+      "use sqlite or a postgresql:// address"
+    )
+  tasks = tasks_per_batch(config)
+  ahead = tasks * e.group_size * (schedule.max_steps_ahead + 1)
+  return ReplayBuffer(
+    MemoryStore(),
+    capacity=b.capacity or ahead,
+    order="priority" if b.priority else "id" if e.deterministic else "ready",
+    tasks_per_step=tasks,
+    max_staleness=schedule.max_lag,
+    max_uses=b.max_uses,
+    cool_down=b.cool_down,
+    priority=b.priority or None,
+    priority_args=b.priority_args,
+    seed=config.seed,
+    first_batch=start + 1,
+  )
+
+
+def close_buffer(buffer: ReplayBuffer) -> None:
+  """Ends its threads and closes its store."""
+  buffer.close()
+  buffer.store.close()
 
 
 class Meshes(NamedTuple):
@@ -199,6 +248,45 @@ def make_engine(
   return samplers[0] if len(samplers) == 1 else SamplerPool(samplers)
 
 
+def make_explorer(
+  config: Config,
+  algorithm: Algorithm,
+  *,
+  engine: RolloutEngine,
+  tokenizer: Tokenizer,
+  versions: Versions,
+  buffer: ReplayBuffer | None,
+  bell: ThreadBell,
+  taskset: Taskset | None,
+  span: Callable[[str], contextlib.AbstractContextManager],
+  on_eval: Callable[[int, dict[str, float], list[Experience]], None],
+  evaluated: Container[int] = (),
+) -> Explorer:
+  """The explorer of a stage; see Explorer for the arguments."""
+  grade = None
+  if not algorithm.supervised:
+    reward = make_reward(
+      config.taskset.reward, config.taskset.reward_args, workers=config.explorer.reward_workers
+    )
+    grade = lambda response, task: reward.grade(response, task.truth, task)
+  return Explorer(
+    config,
+    engine=engine,
+    tokenizer=tokenizer,
+    schedule=make_schedule(config.sync),
+    versions=versions,
+    buffer=buffer,
+    bell=bell,
+    taskset=taskset,
+    held_out=[held_out_taskset(config, i) for i in range(len(config.eval.tasksets))],
+    grade=grade,
+    span=span,
+    on_eval=on_eval,
+    greedy_first=algorithm.needs_greedy,
+    evaluated=evaluated,
+  )
+
+
 def held_out_taskset(config: Config, index: int):
   """(config, all tasks, grade) of one evaluation taskset."""
   own = taskset_config(config.eval.tasksets[index], f"eval.tasksets[{index}]")
@@ -282,7 +370,7 @@ def check_lag(config: Config, algorithm: Algorithm) -> None:
   Raises:
     UserError: keys of the config that do not go with the algorithm.
   """
-  lag = config.sync.interval + config.sync.offset - 1
+  lag = make_schedule(config.sync).max_lag
   knows = algorithm.uses_ratio or algorithm.stale or config.sync.allow_uncorrected
   if lag and not algorithm.supervised and not knows:
     raise UserError(

@@ -279,8 +279,3 @@ def _check_pace(c: Config) -> None:
       f"config.sync.style = 'explorer_driven': explorers can ask for weights in --mode=both only, "
       f"not in {c.mode}; use trainer_driven"
     )
-  if c.explorer.over_rollout_wait and not c.explorer.over_rollout:
-    raise UserError(
-      f"config.explorer.over_rollout_wait = {c.explorer.over_rollout_wait}: no task is started "
-      "beyond batch_size; set explorer.over_rollout"
-    )

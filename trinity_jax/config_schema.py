@@ -93,12 +93,9 @@ class ExplorerConfig:
   reward_workers: int = key(2, "Processes that grade answers.", low=1)
   name: str = key("explorer", "Name of this explorer among several.")
   over_rollout: float = key(
-    0.0, "Share of tasks started beyond batch_size, so that no step waits for its slowest.", low=0.0
-  )
-  over_rollout_wait: float = key(
     0.0,
-    "Seconds that tasks beyond batch_size have after the others before they are given up; 0 "
-    "carries them over to later steps.",
+    "Share of tasks started beyond batch_size, so that no step waits for its slowest; those are "
+    "carried over to later steps while sync.max_staleness allows it.",
     low=0.0,
   )
   timeout_ratio: float = key(

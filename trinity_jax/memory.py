@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax.build import kept_versions
 from trinity_jax.config import Config
 from trinity_jax.models import hf, sharding
 from trinity_jax.models import params as params_lib
 from trinity_jax.models.presets import ModelConfig
 from trinity_jax.sampler import engine
 from trinity_jax.sampler.programs import Programs
-from trinity_jax.schedule import Schedule
+from trinity_jax.schedule import make_schedule
 from trinity_jax.trainer.packing import PackSpec
 
 BLOCK = 512  # cache entries that an extend attends to at once, see kernels/attention/cached.py
@@ -53,7 +54,7 @@ def memory_per_device(
   numbers = held(params_lib.abstract(model), layout)
   master = numbers * jnp.dtype(config.model.param_dtype).itemsize
   rollout = jnp.dtype(config.model.rollout_dtype or config.model.dtype).itemsize
-  versions = Schedule(config.sync.interval, config.sync.offset).max_lag + 1
+  versions = kept_versions(make_schedule(config.sync))
   own = held(params_lib.abstract(model), sharding.param_shardings(model, programs.mesh)) * rollout
   state = jax.eval_shape(lambda: engine.init_state(programs.spec))
   cache = sum(

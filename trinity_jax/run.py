@@ -12,6 +12,7 @@ from typing import Any
 
 from trinity_jax.config import Config, resolve, stage_configs
 from trinity_jax.errors import UserError
+from trinity_jax.preemption import Preemption
 
 CONFIG = "config.json"
 
@@ -29,8 +30,11 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
   Raises:
     UserError: a mistake in the config, the data or the folder.
     RunFailed: the run had to stop.
+    Preempted: SIGTERM; what was done is saved.
   """
   config = config if isinstance(config, Config) else resolve(config)
+  if config.mode == "explore":
+    return explore(config, Path(workdir))
   workdir = prepare_workdir(Path(workdir), config)
   start = time.monotonic()
   warnings = preflight(config, workdir)
@@ -39,11 +43,15 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
   from trinity_jax.monitor.progress import Progress
   from trinity_jax.monitor.timeline import Timeline
 
-  timeline = Timeline()
-  with CompileCounter() as compiles, Progress(config.monitor.progress, title=config.name) as shown:
+  timeline, preemption = Timeline(), Preemption()
+  with (
+    preemption.on_signals(),
+    CompileCounter() as compiles,
+    Progress(config.monitor.progress, title=config.name) as shown,
+  ):
     for warning in warnings:
       shown.message(f"warning: {warning}")
-    results = run_stages(config, workdir, compiles, timeline, shown)
+    results = run_stages(config, workdir, compiles, timeline, shown, preemption)
     summary = summarise(config, workdir, results, time.monotonic() - start, compiles)
     if compiles.since_warmup:
       shown.message(f"compiled after the warm-up (a bug): {', '.join(compiles.late)}")
@@ -68,7 +76,27 @@ def preflight(config: Config, workdir: Path) -> list[str]:
   return [warning for stage in plans for warning in check_texts(stage, tokenizer)]
 
 
-def run_stages(config: Config, workdir: Path, compiles, timeline, progress) -> list:
+def explore(config: Config, workdir: Path) -> dict[str, Any]:
+  """Explores for the trainer that works in the same folder; returns {}.
+
+  Supervised stages need no explorer and are passed over, as finished ones are.
+  """
+  from trinity_jax.algorithms.algorithm import find_row
+  from trinity_jax.exploring import explore_stage
+  from trinity_jax.monitor.progress import Progress
+  from trinity_jax.monitor.timeline import Timeline
+
+  timeline, preemption = Timeline(), Preemption()
+  title = f"{config.name}: {config.explorer.name}"
+  with preemption.on_signals(), Progress(config.monitor.progress, title=title) as shown:
+    for stage in stage_configs(config):
+      directory = stage_directory(config, workdir.absolute(), stage)
+      if not find_row(stage.algorithm.name).supervised and not (directory / "stage.json").exists():
+        explore_stage(stage, directory, timeline, shown, preemption)
+  return {}
+
+
+def run_stages(config: Config, workdir: Path, compiles, timeline, progress, preemption) -> list:
   """Runs each stage that has not finished; each starts from the previous one's model."""
   from trinity_jax.stage import read_stage_result, run_stage
 
@@ -83,7 +111,7 @@ def run_stages(config: Config, workdir: Path, compiles, timeline, progress) -> l
     else:
       model = Path(results[-1].model) if results else first_model(stage, workdir)
       directory.mkdir(parents=True, exist_ok=True)
-      result = run_stage(stage, directory, model, compiles, timeline, progress)
+      result = run_stage(stage, directory, model, compiles, timeline, progress, preemption)
     results.append(result)
   return results
 
@@ -124,7 +152,7 @@ def prepare_workdir(workdir: Path, config: Config) -> Path:
   record = workdir / CONFIG
   if record.exists():
     before, now = json.loads(record.read_text()), _as_json(config)
-    changed = sorted(k for k in now if before.get(k) != now[k] and k != "monitor")
+    changed = sorted(k for k in now if before.get(k) != now[k] and k not in ("monitor", "mode"))
     begun = any(
       True for name in ("stage.json", "checkpoints/[0-9]*") for _ in workdir.glob(f"**/{name}")
     )

@@ -17,7 +17,8 @@ from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Experience
 from trinity_jax.experience import Source as ExperienceSource
-from trinity_jax.explorer.explorer import Explorer, rollout_metrics
+from trinity_jax.explorer.explorer import Explorer
+from trinity_jax.explorer.metrics import rollout_metrics
 from trinity_jax.explorer.rewards import grading_counts
 from trinity_jax.monitor.metrics import reduce_metrics
 from trinity_jax.sampler.rollout_engine import RolloutEngine
@@ -72,7 +73,9 @@ class Source:
         self.buffer.close(e)
 
   def finish(self) -> None:
-    """Waits until the explorer has done its last evaluation."""
+    """Lets explorers end, and waits until that of this process has done its last evaluation."""
+    if self.buffer is not None:
+      self.buffer.finish()
     if self._thread is None:
       return
     timeout = self.stage.config.sync.timeout
@@ -111,18 +114,18 @@ class Rollouts(Source):
     total = stage.config.trainer.total_steps
 
     async def go():
-      await explorer.explore(stage.start + 1, total)
-      if explorer.evaluates:
+      await explorer.explore(total)
+      if explorer.evaluation:
         await explorer.evaluate_versions([total])
 
     return go()
 
   def sample(self) -> list[Experience]:
-    assert self.buffer is not None and self.explorer is not None
-    c = self.stage.config.explorer
-    n = c.batch_size * c.group_size
+    assert self.buffer is not None
+    c, step = self.stage.config, self.stage.trainer.step_number + 1
+    describe = self.explorer.describe if self.explorer else lambda: ""
     try:
-      found = self.buffer.sample(n, self.stage.config.sync.timeout, self.explorer.describe)
+      found = self.buffer.sample(c.explorer.batch_size, step, c.sync.timeout, describe)
     except RunFailed:
       if self._error is not None:
         raise self._error from None  # its own traceback, not the news of it
@@ -147,13 +150,20 @@ class Rollouts(Source):
   def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
     rollouts = [e for e in experiences if e.source is ExperienceSource.ROLLOUT]
     out = rollout_metrics(rollouts, self.stage.config.explorer.group_size)
-    assert self.engine is not None and self.buffer is not None
-    now = self.engine.stats
-    out |= sampler_metrics({k: v - self._stats.get(k, 0) for k, v in now.items()})
-    out |= self.engine.metrics()
-    self._stats = now
-    out["queue/depth"] = len(self.buffer) / self.stage.config.explorer.group_size
-    return out | self._new_verdicts()
+    assert self.buffer is not None
+    stats = self.buffer.stats()
+    out["queue/depth"] = stats["ready"]
+    out["queue/dropped_groups"] = stats["dropped"]
+    out["staleness/masked_tokens"] = stats["masked_tokens"]
+    if self.engine is not None and self.explorer is not None:
+      out["queue/regenerated"] = self.explorer.regenerated["same"]
+      out["queue/regenerated_otherwise"] = self.explorer.regenerated["different"]
+      now = self.engine.stats
+      out |= sampler_metrics({k: v - self._stats.get(k, 0) for k, v in now.items()})
+      out |= self.engine.metrics()
+      self._stats = now
+      out |= self._new_verdicts()
+    return out
 
   def _new_verdicts(self) -> dict[str, float]:
     """What the math grader said since the last step; a failing grader shows here."""

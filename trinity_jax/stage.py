@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ import numpy as np
 
 from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
-from trinity_jax.buffer.replay import ReplayBuffer
+from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.config import Config
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import Experience, ExperienceId, Task
-from trinity_jax.explorer.explorer import Explorer
-from trinity_jax.explorer.rewards import make_reward
+from trinity_jax.exploring import announce
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
 from trinity_jax.models.tokenizer import Tokenizer
@@ -34,12 +33,16 @@ from trinity_jax.monitor.progress import Progress, Sample
 from trinity_jax.monitor.summary import peak_rss_mb, rss_mb
 from trinity_jax.monitor.timeline import Timeline
 from trinity_jax.monitor.writers import FILE, make_writers, read_jsonl
-from trinity_jax.schedule import Schedule
+from trinity_jax.preemption import Preempted, Preemption
+from trinity_jax.probe import make_probe
+from trinity_jax.publishing import SnapshotPublisher
+from trinity_jax.schedule import make_schedule
 from trinity_jax.source import Demonstrations, Rollouts, Source
 from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.demonstrations import given
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
 from trinity_jax.trainer.trainer import Trainer
+from trinity_jax.watchdog import Watchdog
 
 WARMUP_STEPS = 2  # steps after which a compilation counts as unexpected
 
@@ -61,7 +64,7 @@ class Stage:
     config: of this stage (no `stages` of its own).
     directory: its folder: metrics.jsonl, checkpoints/, hf/.
     model_path: Hugging Face folder it starts from.
-    compiles, timeline, progress: the run's.
+    compiles, timeline, progress, preemption: the run's.
   """
 
   def __init__(
@@ -72,11 +75,13 @@ class Stage:
     compiles: CompileCounter,
     timeline: Timeline,
     progress: Progress,
+    preemption: Preemption,
   ):
+    self.preemption = preemption
     self.config, self.directory, self.model_path = config, directory, model_path
     self.compiles, self.timeline, self.progress = compiles, timeline, progress
     self.algorithm = make_algorithm(config.algorithm)
-    self.schedule = Schedule(config.sync.interval, config.sync.offset)
+    self.schedule = make_schedule(config.sync)
     self.meshes = build.make_meshes(config)
     self.mesh = self.meshes.train
     build.check_rows(config, self.mesh)
@@ -91,13 +96,29 @@ class Stage:
     layout = sharding.param_shardings(self.model, self.mesh)
     params, _ = hf.load(model_path, dtype=jnp.dtype(config.model.param_dtype), shardings=layout)
     rollout_dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
+    self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
+    self.buffer, self.publisher = None, None
+    if not self.algorithm.supervised:
+      saved = self.checkpoints.latest_step() or 0
+      self.buffer = build.make_buffer(config, self.schedule, directory, saved)
+    self.bell = self.buffer.bell if self.buffer is not None else ThreadBell()
     self.synchronizer = Synchronizer(
       layout,
       rollout_dtype,
       self.launch,
-      keep=self.schedule.max_lag + 1,
+      keep=build.kept_versions(self.schedule),
       timeout=config.sync.timeout,
+      bell=self.bell,
     )
+    if self.buffer is not None and config.mode == "train":
+      self.publisher = SnapshotPublisher(
+        directory / "weights",
+        keep=2,
+        bell=self.bell,
+        probe=make_probe(self.model, self.launch),
+        launch=self.launch,
+      )
+      announce(directory, model_path)
     self.trainer = Trainer(
       config,
       self.algorithm,
@@ -107,8 +128,11 @@ class Stage:
       self.launch,
       self.synchronizer.params,
     )
-    self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
     self.resumed = self._resume()
+    if self.buffer is not None:
+      self.buffer.restore(self.start)
+      if config.mode == "both":
+        self.buffer.release(config.explorer.name)
     self.writers = make_writers(
       config, directory, resume_step=self.start if self.resumed else -1, report=progress.message
     )
@@ -162,26 +186,64 @@ class Stage:
     with contextlib.ExitStack() as stack:
       stack.callback(self.checkpoints.close)
       stack.callback(self.writers.close)
-      with self.timeline.span("publish"):
-        self.synchronizer.publish(self.start, self.trainer.state.params)
+      if self.buffer is not None:
+        stack.callback(build.close_buffer, self.buffer)
+      self._publish(self.start)
       self.trainer.warmup()
       source = stack.enter_context(self._source())
+      stack.enter_context(self._watchdog(source.fail))
+      stack.enter_context(self.preemption.telling(lambda: source.fail(Preempted())))
       warm_at = min(self.start + WARMUP_STEPS, total)
       if not self.start:
         self._evaluate_texts(0)
       self.timeline.step()  # set-up belongs to no step
       for step in range(self.start + 1, total + 1):
-        with self.timeline.span("wait_for_batch"):
-          experiences = source.sample()
+        experiences = self._sample(source)
         self._train(step, experiences, source)
         if step == warm_at:
           self.compiles.mark_warm()
-      source.finish()
+      try:
+        if self.publisher is not None:
+          self.publisher.finish()
+        source.finish()
+      except RunFailed:
+        if self.preemption.requested:
+          raise self._preempted() from None
+        raise
     self.compiles.mark_cold()  # saving may compile; no step does
     model = ""
     if c.trainer.save_hf != "never":
       model = str(self.save_model())
     return StageResult(c.name, model, self.resumed, self._evaluated.get(total))
+
+  def _sample(self, source: Source) -> list[Experience]:
+    """The next step's experiences; when the run is asked to end, saves it and raises Preempted."""
+    try:
+      if not self.preemption.requested:
+        with self.timeline.span("wait_for_batch"):
+          return source.sample()
+    except RunFailed:
+      if not self.preemption.requested:
+        raise
+    step = self.trainer.step_number
+    if self.checkpoints.latest_step() != step:
+      self._save(step)
+    raise self._preempted()
+
+  def _preempted(self) -> Preempted:
+    step = self.checkpoints.latest_step()
+    return Preempted(f"asked to end; step {step} is saved, the same command continues the run")
+
+  def _watchdog(self, fail: Callable[[RunFailed], None]) -> Watchdog:
+    return Watchdog(
+      self.timeline, self.config.monitor.stall, self.directory / "stalled.txt", fail
+    )
+
+  def _publish(self, step: int) -> None:
+    with self.timeline.span("publish"):
+      self.synchronizer.publish(step, self.trainer.state.params)
+      if self.publisher is not None:
+        self.publisher.publish(step, self.synchronizer.params(step))
 
   def _train(self, step: int, experiences: Sequence[Experience], source: Source) -> None:
     c, total = self.config, self.config.trainer.total_steps
@@ -194,8 +256,7 @@ class Stage:
         self.trainer.save_last_batch(self.directory / "bad_batch")
         raise
     if self._publishes(step):
-      with self.timeline.span("publish"):
-        self.synchronizer.publish(step, self.trainer.state.params)
+      self._publish(step)
     metrics |= source.metrics(experiences)
     metrics |= self._machine_metrics(experiences)
     self.writers.write(step, metrics)
@@ -210,7 +271,7 @@ class Stage:
       return True
     if self.algorithm.supervised:  # only evaluation looks
       return bool(self.config.eval.interval) and step % self.config.eval.interval == 0
-    return self.schedule.publishes(step)
+    return self.schedule.publishes(step, self.synchronizer.take_request())
 
   def _evaluate_texts(self, step: int) -> None:
     """The loss of the held-out texts, at the steps of evaluation and at the end."""
@@ -263,6 +324,8 @@ class Stage:
     was_warm = self.compiles.warm
     self.compiles.mark_cold()  # on several devices Orbax cuts replicas with programs of its own
     self.checkpoints.save(step, self.trainer.state, meta)
+    if self.buffer is not None:
+      self.buffer.commit(step)
     if self.config.trainer.save_hf == "always":
       self.save_model()
     if was_warm:
@@ -297,42 +360,33 @@ class Stage:
   def _source(self) -> Iterator[Source]:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     c = self.config
-    held_out = [build.held_out_taskset(c, i) for i in range(len(c.eval.tasksets))]
-    if self.algorithm.supervised and not held_out:
-      yield Demonstrations(self)
+    kind = Demonstrations if self.algorithm.supervised else Rollouts
+    alone = c.mode == "train" and self.buffer is not None  # explorers have processes of their own
+    if alone or (self.algorithm.supervised and not c.eval.tasksets):
+      source = kind(self, buffer=self.buffer)
+      try:
+        yield source
+      except BaseException as error:
+        source.fail(error)
+        raise
       return
     engine = build.make_engine(
       c, self.model, self.meshes, self.launch, self.timeline.span, self.model_path
     )
-    grade = None
-    if not self.algorithm.supervised:
-      reward = make_reward(
-        c.taskset.reward, c.taskset.reward_args, workers=c.explorer.reward_workers
-      )
-      grade = lambda response, task: reward.grade(response, task.truth, task)
-    per_step = c.explorer.batch_size * c.explorer.group_size
-    buffer = ReplayBuffer(
-      c.buffer.capacity or per_step * (self.schedule.max_steps_ahead + 1),
-      c.explorer.batch_size,
-      self.start + 1,
-    )
-    explorer = Explorer(
+    explorer = build.make_explorer(
       c,
+      self.algorithm,
       engine=engine,
       tokenizer=self.tokenizer,
-      schedule=self.schedule,
-      synchronizer=self.synchronizer,
-      buffer=buffer,
+      versions=self.synchronizer,
+      buffer=self.buffer,
+      bell=self.bell,
       taskset=self.taskset,
-      held_out=held_out,
-      grade=grade,
       span=self.timeline.span,
       on_eval=self.on_eval,
-      greedy_first=self.algorithm.needs_greedy,
       evaluated=self._evaluated,
     )
-    kind = Demonstrations if self.algorithm.supervised else Rollouts
-    source = kind(self, explorer, engine, buffer)
+    source = kind(self, explorer, engine, self.buffer)
     engine.start()
     source.start()
     try:

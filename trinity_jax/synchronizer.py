@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.errors import RunFailed
 from trinity_jax.launch_order import LaunchOrder
 
@@ -18,10 +19,19 @@ class Synchronizer:
   """Holds the published versions; explorers wait for the one they need.
 
   A published pytree never aliases the train state, which is donated. The newest `keep` versions
-  stay, so that the trainer can recompute the log-probs of older samples.
+  stay, so that the trainer can recompute the log-probs of older samples. `bell` is rung at each.
   """
 
-  def __init__(self, shardings: Any, dtype: Any, launch: LaunchOrder, *, keep: int, timeout: float):
+  def __init__(
+    self,
+    shardings: Any,
+    dtype: Any,
+    launch: LaunchOrder,
+    *,
+    keep: int,
+    timeout: float,
+    bell: ThreadBell | None = None,
+  ):
     self._cast = jax.jit(
       lambda params: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params),
       out_shardings=shardings,
@@ -29,10 +39,12 @@ class Synchronizer:
     self._launch = launch
     self._keep = keep
     self._timeout = timeout
+    self._bell = bell or ThreadBell()
     self._lock = threading.Lock()
     self._versions: dict[int, Any] = {}
     self._waiters: list[tuple[int, Future]] = []
     self._closed: BaseException | None = None
+    self._asked = False
 
   @property
   def version(self) -> int:
@@ -54,6 +66,18 @@ class Synchronizer:
       self._waiters = [w for w in self._waiters if w[0] > version]
     for _, future in ready:
       future.set_result(None)
+    self._bell.ring()
+
+  def ask(self) -> None:
+    """An explorer wants newer weights than it has (explorer_driven)."""
+    with self._lock:
+      self._asked = True
+
+  def take_request(self) -> bool:
+    """Whether somebody has asked since the last call."""
+    with self._lock:
+      asked, self._asked = self._asked, False
+      return asked
 
   def params(self, version: int) -> Any | None:
     """The published params of exactly this version, or None when no longer kept."""
@@ -104,6 +128,12 @@ class Synchronizer:
       waiters, self._waiters = self._waiters, []
     for _, future in waiters:
       future.set_exception(self._ended())
+    self._bell.ring()
+
+  @property
+  def failure(self) -> RunFailed | None:
+    """Why no version will come any more, once this was closed."""
+    return self._ended() if self._closed is not None else None
 
   def _ended(self) -> RunFailed:
     failure = RunFailed("the synchronizer is closed: no version will come")

@@ -3,131 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import threading
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from rig import WAIT, Rig, config_of, held_out, versions, workflow
 
-from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.config import TasksetConfig, base_config, resolve
 from trinity_jax.errors import RunFailed, root_cause
 from trinity_jax.experience import Experience, ExperienceId, StopReason
-from trinity_jax.explorer import explorer as explorer_lib
-from trinity_jax.explorer.explorer import Explorer
-from trinity_jax.explorer.rewards import Score
-from trinity_jax.explorer.workflows import WORKFLOWS
-from trinity_jax.schedule import Schedule
-from trinity_jax.synchronizer import Synchronizer
+from trinity_jax.explorer import metrics as explorer_lib
 from trinity_jax.tasks import Taskset
 
-WAIT = 60
-
-
-def config_of(world, tasks=3, runs=2, interval=1, offset=0, every=0, **more):
-  c = base_config()
-  c.model.path = "unused"
-  c.taskset.path = "unused"
-  c.taskset.workflow = "tested"
-  c.explorer.batch_size, c.explorer.group_size = tasks, runs
-  c.explorer.max_retries = 0
-  c.sampler.max_prompt_length = world.max_prompt
-  c.sampler.max_response_length = world.max_response
-  c.sync.interval, c.sync.offset, c.sync.timeout = interval, offset, WAIT
-  c.eval.interval = every
-  c.update_from_flattened_dict(more)
-  return resolve(c)
-
-
-async def speaks(task, model):
-  await model.chat(task.messages)
-
-
-async def grade(response, task):
-  return Score(len(response) % 3 / 2, {"accuracy": len(response) % 3 / 2})
-
-
-class Rig:
-  """Explorer and friends around one sampler; the test is the trainer."""
-
-  def __init__(self, world, sampler, config, held_out=(), evaluated=(), keep=0, start=0):
-    self.world, self.sampler, self.config = world, sampler, config
-    self.schedule = Schedule(config.sync.interval, config.sync.offset)
-    self.sync = Synchronizer(
-      world.layout, jnp.float32, world.launch, keep=keep or self.schedule.max_lag + 1, timeout=WAIT
-    )
-    per_step = config.explorer.batch_size * config.explorer.group_size
-    capacity = config.buffer.capacity or per_step * (self.schedule.max_steps_ahead + 1)
-    self.buffer = ReplayBuffer(capacity, config.explorer.batch_size, start + 1)
-    self.evals: list[tuple[int, dict, list]] = []
-    self.explorer = Explorer(
-      config, engine=sampler, tokenizer=world.tokenizer, schedule=self.schedule,
-      synchronizer=self.sync, buffer=self.buffer,
-      taskset=Taskset([world.task(i, text=chr(97 + i)) for i in range(7)], seed=1),
-      held_out=held_out, grade=grade, span=lambda _: contextlib.nullcontext(),
-      on_eval=lambda *a: self.evals.append(a), evaluated=evaluated,
-    )  # fmt: skip
-    self.per_step, self.errors = per_step, []
-
-  def publish(self, version):
-    """A different policy each time."""
-    change = lambda x: x * (1 + 0.2 * version)
-    self.sync.publish(version, jax.tree.map(change, self.world.params))
-
-  @contextlib.contextmanager
-  def exploring(self, coroutine):
-    def run():
-      try:
-        asyncio.run(coroutine)
-      except BaseException as e:
-        self.errors.append(e)
-        self.buffer.close(e)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-      yield
-    except BaseException as e:
-      self.sync.close(e)
-      self.buffer.close(e)
-      raise
-    finally:
-      thread.join(WAIT)
-      assert not thread.is_alive()
-
-  def train(self, first, last) -> list[list[Experience]]:
-    """Takes each step's experiences and publishes as the schedule says."""
-    out = []
-    for step in range(first, last + 1):
-      out.append(self.buffer.sample(self.per_step, WAIT, self.explorer.describe))
-      if self.schedule.publishes(step) or step == last:
-        self.publish(step)
-    return out
-
-  def go(self, first, last):
-    self.publish(first - 1)
-    with self.exploring(self.explorer.explore(first, last)):
-      steps = self.train(first, last)
-    assert not self.errors
-    return steps
-
-
-@pytest.fixture
-def workflow(monkeypatch):
-  """Names a workflow `tested` for the time of a test."""
-
-  def use(function):
-    monkeypatch.setitem(WORKFLOWS, "tested", function)
-
-  use(speaks)
-  return use
-
-
-def versions(experiences) -> set[int]:
-  return {int(v) for e in experiences for v in e.versions[e.action_mask]}
+__all__ = ["workflow"]  # a fixture
 
 
 @pytest.mark.parametrize(
@@ -192,7 +80,6 @@ def test_a_resumed_run_goes_on_where_it_was(world, workflow):
     whole = Rig(world, sampler, config_of(world)).go(1, 4)
   with world.sampler(version=None) as sampler:
     rig = Rig(world, sampler, config_of(world), start=2)
-    rig.explorer._taskset.next_batch(6)
     rest = rig.go(3, 4)
   for a, b in zip([e for s in whole[2:] for e in s], [e for s in rest for e in s], strict=True):
     assert a.id == b.id and a.tokens.tolist() == b.tokens.tolist()
@@ -229,15 +116,6 @@ def test_a_small_buffer_holds_the_explorer_back_without_a_deadlock(world, workfl
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-def held_out(world, name="sums", n=5):
-  tasks = [world.task(i, text=chr(103 + i), truth=str(i)) for i in range(n)]
-
-  async def right(response, task):
-    return Score(0.5 * (int(task.truth) % 2), {"accuracy": float(int(task.truth) % 2)})
-
-  return TasksetConfig(name=name, workflow="tested"), tasks, right
-
-
 def test_evaluation_happens_once_at_each_due_version(world, workflow):
   with world.sampler(version=None) as sampler:
     rig = Rig(
@@ -246,12 +124,13 @@ def test_evaluation_happens_once_at_each_due_version(world, workflow):
     )  # fmt: skip
 
     async def go():
-      await rig.explorer.explore(1, 5)
+      await rig.explorer.explore(5)
       await rig.explorer.evaluate_versions([5, 5])
 
     rig.publish(0)
     with rig.exploring(go()):
       rig.train(1, 5)
+      rig.buffer.finish()
     assert not rig.errors
   assert [v for v, _, _ in rig.evals] == [0, 4, 5]
   metrics = rig.evals[0][1]
@@ -331,7 +210,7 @@ def test_a_dead_sampler_ends_the_explorer_and_the_trainers_wait(world, workflow,
 
     workflow(kills)
     rig.publish(0)
-    with rig.exploring(rig.explorer.explore(1, 2)), pytest.raises(RunFailed, match="closed") as e:
+    with rig.exploring(rig.explorer.explore(2)), pytest.raises(RunFailed, match="closed") as e:
       rig.train(1, 2)
   (error,) = rig.errors
   assert e.value.__cause__ is error
@@ -346,8 +225,8 @@ def test_an_explorer_that_waits_for_weights_is_woken_when_the_trainer_fails(worl
   with world.sampler(version=None) as sampler:
     rig = Rig(world, sampler, config_of(world))
     rig.publish(0)
-    with pytest.raises(ZeroDivisionError), rig.exploring(rig.explorer.explore(1, 3)):
-      rig.buffer.sample(rig.per_step, WAIT)
+    with pytest.raises(ZeroDivisionError), rig.exploring(rig.explorer.explore(3)):
+      rig.buffer.sample(3, 1, WAIT)
       raise ZeroDivisionError("the trainer's bug")
   (error,) = rig.errors
   assert isinstance(error, RunFailed) and isinstance(error.__cause__, ZeroDivisionError)
@@ -366,11 +245,12 @@ def test_describe_names_open_runs(world, workflow):
   with world.sampler(version=None) as sampler:
     rig = Rig(world, sampler, config_of(world, tasks=1))
     rig.publish(0)
-    with rig.exploring(rig.explorer.explore(1, 1)):
+    with rig.exploring(rig.explorer.explore(1)):
       assert asked.wait(WAIT)
       with pytest.raises(RunFailed, match=r"group \(1, 0\).*runs open.*1/0/1/0.*sampler at"):
-        rig.buffer.sample(2, 0.2, rig.explorer.describe)
+        rig.buffer.sample(1, 1, 0.2, rig.explorer.describe)
       go_on.set()
-      assert len(rig.buffer.sample(2, WAIT)) == 2
+      assert len(rig.buffer.sample(1, 1, WAIT)) == 2
+      rig.buffer.finish()
     assert not rig.errors
   assert rig.explorer.describe().startswith("0 runs open")

@@ -18,7 +18,7 @@ from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.monitor.compiles import CompileCounter
 from trinity_jax.monitor.metrics import undocumented
 from trinity_jax.trainer import step as train
-from trinity_jax.trainer.mismatch import mismatch, packing_metrics
+from trinity_jax.trainer.mismatch import mismatch, mixed_tokens, packing_metrics
 from trinity_jax.trainer.optimizer import learning_rate
 from trinity_jax.trainer.packing import PackSpec, pack
 from trinity_jax.trainer.trainer import Trainer, pack_spec
@@ -196,7 +196,8 @@ def test_mismatch_by_hand():
   under = {v: np.full(batch.tokens.shape, np.nan, np.float32) for v in (5, 4)}
   under[5][0, 0, 1:] = [-1.1, -1.8]
   under[4][1, 0, 1:] = [-1.5, -0.9]
-  out = mismatch(batch, under)
+  none = np.zeros_like(batch.action_mask)
+  out = mismatch(batch, under, none)
   d = np.array([-0.1, 0.2, 0.0, -0.4])  # version 3 is not known: its tokens do not count
   ratio = np.exp(d)
   assert out["logprob_diff/mean"] == pytest.approx(np.abs(d).mean(), rel=1e-5)
@@ -206,10 +207,16 @@ def test_mismatch_by_hand():
   assert out["mismatch/ess"] == pytest.approx(ratio.sum() ** 2 / (ratio**2).sum() / 4, rel=1e-6)
   assert out["staleness/mean"] == pytest.approx(1.0) and out["staleness/max"] == 2
 
-  same = mismatch(batch, {5: np.where(batch.versions == 5, batch.logprobs, np.nan)})
+  same = mismatch(batch, {5: np.where(batch.versions == 5, batch.logprobs, np.nan)}, none)
   assert same["logprob_diff/max"] == same["mismatch/k1"] == same["mismatch/k3"] == 0
   assert same["mismatch/ess"] == pytest.approx(1)
-  assert mismatch(batch, {7: under[5]}).keys() == {"staleness/mean", "staleness/max"}
+  assert mismatch(batch, {7: under[5]}, none).keys() == {
+    "staleness/mean", "staleness/max", "staleness/mixed_tokens"
+  }  # fmt: skip
+  experiences[0].mixed = np.array([False, False, True])
+  out = mismatch(batch, under, mixed_tokens(batch, experiences))
+  assert out["mismatch/k1"] == pytest.approx((0.1 + 0.4) / 3, rel=1e-5)  # the 0.2 does not count
+  assert out["staleness/mixed_tokens"] == pytest.approx(1 / 6)
 
 
 def test_packing_metrics_of_nothing():

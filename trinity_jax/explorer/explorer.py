@@ -1,39 +1,59 @@
 """The explorer: tasks in, graded groups out, at the pace the schedule allows.
 
-Runs on its own thread's event loop. Errors of single runs are values; an error of the explorer
-itself ends the run of the program.
+Runs on its own thread's event loop and waits for events only: a version was published, a group was
+taken, dropped or failed. Errors of single runs are values; an error of the explorer itself ends the
+run of the program.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
-import dataclasses
-from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
+from trinity_jax.buffer.bell import ThreadBell
+from trinity_jax.buffer.record import Claim
 from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.config import Config, TasksetConfig
-from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
+from trinity_jax.config import Config
+from trinity_jax.errors import RunFailed
+from trinity_jax.experience import Experience, Task
+from trinity_jax.explorer.evaluation import Evaluation, HeldOut
+from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
 from trinity_jax.explorer.runner import Grade, Runner
-from trinity_jax.explorer.workflow import Model, SamplingParams, find_workflow
+from trinity_jax.explorer.workflow import SamplingParams
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.schedule import Schedule
-from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.taskset import Taskset
 
-TRAIN_STREAM = 0  # evaluation of the i-th held-out set draws from stream i + 1
+
+class Versions(Protocol):
+  """Where an explorer gets its weights: synchronizer.Synchronizer or publishing.SnapshotReader."""
+
+  @property
+  def version(self) -> int: ...
+
+  @property
+  def failure(self) -> BaseException | None: ...
+
+  async def wait_for(self, version: int) -> tuple[int, Any]: ...
+
+
+@runtime_checkable
+class Asked(Protocol):
+  """Weights that are published when somebody asks for them."""
+
+  def ask(self) -> None: ...
 
 
 class Explorer:
   """Starts one workflow per (task, run) and delivers complete groups to the buffer.
 
   Args:
-    taskset: training tasks, its cursor where the run starts or resumes.
+    versions: gives weights; rings `bell` when there are new ones.
+    bell: rung by the buffer too.
+    taskset: training tasks.
     held_out: (config, tasks, grade) of each evaluation taskset.
     grade: async (response, task) -> reward components, for training tasks.
     span: timeline.span.
@@ -49,10 +69,11 @@ class Explorer:
     engine: RolloutEngine,
     tokenizer: Tokenizer,
     schedule: Schedule,
-    synchronizer: Synchronizer,
-    buffer: ReplayBuffer,
+    versions: Versions,
+    buffer: ReplayBuffer | None,
+    bell: ThreadBell,
     taskset: Taskset | None,
-    held_out: Sequence[tuple[TasksetConfig, Sequence[Task], Grade]],
+    held_out: Sequence[HeldOut],
     grade: Grade | None,
     span: Callable[[str], contextlib.AbstractContextManager],
     on_eval: Callable[[int, dict[str, float], list[Experience]], None],
@@ -60,237 +81,230 @@ class Explorer:
     evaluated: Container[int] = (),
   ):
     self.config = config
-    self._engine, self._tokenizer = engine, tokenizer
-    self._schedule, self._synchronizer, self._buffer = schedule, synchronizer, buffer
-    self._taskset, self._held_out, self._grade = taskset, held_out, grade
-    self._span, self._on_eval, self._evaluated = span, on_eval, evaluated
-    self._greedy_first = greedy_first
-    self._evaluated_here: set[int] = set()
+    self._engine, self._schedule, self._versions = engine, schedule, versions
+    self._buffer, self._bell, self._taskset, self._grade = buffer, bell, taskset, grade
+    self._span = span
+    self._groups = Groups(config, engine, tokenizer, span, greedy_first=greedy_first)
+    self.evaluation = Evaluation(config, self._groups, held_out, on_eval, span, evaluated)
+    self._evaluating: asyncio.Task | None = None
     self._version = -1  # last given to the sampler, which takes it at its next dispatch
     self._asked = -1  # the version that the schedule meant, the same except after a resume
-    self._open: set[ExperienceId] = set()
     self._in_flight: set[asyncio.Task] = set()
+    self._failure: BaseException | None = None
+    self._changed = asyncio.Event()
+    self.regenerated = {"same": 0, "different": 0}  # groups that were stored before a restart
+
+  # --- rollouts ----------------------------------------------------------------------------------
+
+  async def explore(self, total: int) -> None:
+    """Explorer steps, as the buffer hands them out, until the trainer has done `total` steps."""
+    loop = asyncio.get_running_loop()
+
+    def ring() -> None:
+      with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        loop.call_soon_threadsafe(self._changed.set)
+
+    unsubscribe = self._bell.subscribe(ring)
+    background = [asyncio.create_task(self._beat())]
+    if self._schedule.swaps_midway:
+      background.append(asyncio.create_task(self._follow()))
+    for task in background:
+      task.add_done_callback(self._ended)
+    try:
+      while (claim := await self._claim()) is not None and await self._admit(claim, total):
+        self._start(claim)
+      await self._finish_evaluation()
+    finally:
+      unsubscribe()
+      await cancelled([*background, *self._in_flight])
+    self._raise_failure()
+
+  async def _claim(self) -> Claim | None:
+    c = self.config
+    assert self._buffer is not None
+    return await asyncio.to_thread(self._buffer.claim, c.explorer.name, c.buffer.lease)
+
+  async def _beat(self) -> None:
+    """Shows the other processes that this one is alive."""
+    c = self.config
+    assert self._buffer is not None
+    while True:
+      await asyncio.to_thread(self._buffer.heartbeat, c.explorer.name, c.buffer.lease)
+      await asyncio.sleep(c.buffer.lease / 4)
+
+  async def _admit(self, claim: Claim, total: int) -> bool:
+    """Waits until an explorer step may start, its weights in the sampler; False: none is needed."""
+    buffer = self._buffer
+    assert buffer is not None
+    lacking = lambda: self._lacking(claim.batch)
+    least = lambda: self._schedule.needs(claim.batch, lacking())
+    needed = lambda: claim.batch - lacking() <= total
+
+    def blame() -> str | None:
+      if not needed():  # the steps to come have their groups: there is nothing to hurry for
+        return None
+      return f"version {least()}; the trainer's newest is {self._versions.version}"
+
+    if self._schedule.asks(claim.batch) and isinstance(self._versions, Asked):
+      self._versions.ask()
+    with self._span("wait_for_policy"):
+      await self._until(
+        lambda: buffer.finished or (needed() and self._versions.version >= least()), blame
+      )
+    if buffer.finished:
+      return False
+    newest = self._versions.version
+    current = self._version if self._version >= 0 else None
+    await self._take(
+      self._schedule.version_for(
+        claim.batch, newest, current=current, dropped_batches=self._lacking(claim.batch)
+      )
+    )
+    return not buffer.finished
+
+  def _lacking(self, batch: int) -> int:
+    """Explorer steps by which `batch` comes earlier: others had surplus groups or lost some."""
+    assert self._buffer is not None
+    before = (batch - 1) * self.tasks_per_batch - self._buffer.dropped
+    return batch - (before // self.config.explorer.batch_size + 1)
 
   @property
-  def evaluates(self) -> bool:
-    """Whether there is anything held out."""
-    return bool(self._held_out)
+  def tasks_per_batch(self) -> int:
+    return tasks_per_batch(self.config)
 
-  async def explore(self, first: int, last: int) -> None:
-    """Explorer steps first..last (from 1), then waits for everything in flight."""
-    for step in range(first, last + 1):
-      await self._pull(self._schedule.version_for(step))
-      group = self._start_batch(step)
-      self._in_flight |= group
-      await self._raise_early_failures()
-    await self._drain()
+  async def _take(self, version: int) -> None:
+    """Gives a version to the sampler.
 
-  async def _pull(self, version: int) -> None:
-    """Waits for a version; swaps it in when everything started under the old one has ended."""
+    Deterministic runs change weights between rollouts; else what is under way goes on, and
+    sampler.on_swap says with which cache.
+    """
     if version == self._asked:
       return
-    await self._drain()
-    with self._span("wait_for_policy"):
-      found, params = await self._synchronizer.wait_for(version)
+    if self.config.explorer.deterministic:
+      await self._until(lambda: not self._in_flight)
+    elif self._evaluating is not None:  # of the weights that the sampler has
+      if self._version >= version - self._schedule.max_lag:
+        return
+      await self._finish_evaluation()
+    found, params = await self._versions.wait_for(version)
     self._asked = version
+    if found <= self._version:
+      return
     self._use(found, params)
-    every = self.config.eval.interval
-    if every and found % every == 0 and (found > 0 or self.config.eval.on_start):
-      await self._evaluate_once(found)
+    if self.evaluation.comes_due(found):
+      self._evaluating = asyncio.create_task(self.evaluation.once(found))
+      if self.config.explorer.deterministic:
+        await self._finish_evaluation()
+      else:
+        self._evaluating.add_done_callback(self._ended)
+
+  async def _finish_evaluation(self) -> None:
+    if self._evaluating is not None:
+      await self._evaluating
+      self._evaluating = None
+
+  async def _follow(self) -> None:
+    """Takes each version as it comes; evaluations keep the weights they began with."""
+    while True:
+      await self._until(lambda: self._versions.version > self._version)
+      await self._finish_evaluation()
+      await self._take(self._versions.version)
 
   def _use(self, version: int, params: Any) -> None:
     self._engine.set_params(version, params)
     self._version = version
 
-  async def _drain(self) -> None:
-    while self._in_flight:
-      done, self._in_flight = await asyncio.wait(
-        self._in_flight, return_when=asyncio.FIRST_EXCEPTION
-      )
-      for task in done:
-        task.result()
+  # --- groups ------------------------------------------------------------------------------------
 
-  async def _raise_early_failures(self) -> None:
-    done = {t for t in self._in_flight if t.done()}
-    self._in_flight -= done
-    for task in done:
-      task.result()
-
-  def _start_batch(self, step: int) -> set[asyncio.Task]:
+  def _start(self, claim: Claim) -> None:
     c = self.config
     assert self._taskset is not None and self._grade is not None
-    tasks = self._taskset.next_batch(c.explorer.batch_size)
+    count = self.tasks_per_batch
+    tasks = self._taskset.at((claim.batch - 1) * count, count)
+    # A step that was stored in part is sampled whole: its tokens depend on what runs beside them.
+    numbers = range(count) if c.explorer.deterministic else claim.tasks
     params = SamplingParams(
       c.sampler.temperature, c.sampler.max_response_length, c.sampler.top_p, c.sampler.top_k
     )
-    runner = self._runner(c.taskset.workflow, self._grade, params, TRAIN_STREAM)
-    ids = _group_ids(step, len(tasks), c.explorer.group_size)
-    self._announce(TRAIN_STREAM, ids)
-    groups = {
-      asyncio.create_task(self._group(runner, task, group)) for task, group in zip(tasks, ids)
-    }
-    for group in groups:  # the first error ends the explorer; the others' are not news
-      group.add_done_callback(lambda t: t.cancelled() or t.exception())
-    return groups
+    runner = self._groups.runner(c.taskset.workflow, self._grade, params, TRAIN_STREAM)
+    ids = group_ids(claim.batch, numbers, c.explorer.group_size)
+    self._groups.announce(TRAIN_STREAM, ids)
+    for number, group in zip(numbers, ids):
+      started = asyncio.create_task(self._group(runner, tasks[number], group))
+      self._in_flight.add(started)
+      started.add_done_callback(self._ended)
 
-  def _announce(self, stream: int, groups: Sequence[Sequence[ExperienceId]]) -> None:
-    """Counts runs in before they start: deterministic admission waits for all of a batch."""
-    for id in (id for group in groups for id in group):
-      self._engine.member((stream, *id)).enter()
+  async def _group(self, runner: Runner, task: Task, ids) -> None:
+    assert self._buffer is not None
+    group = await self._groups.run(runner, task, ids)
+    found = await self._buffer.put(group)
+    if found in self.regenerated:
+      self.regenerated[found] += 1
 
-  async def _group(self, runner: Runner, task: Task, ids: Sequence[ExperienceId]) -> None:
-    await self._buffer.put(await self._runs(runner, task, ids))
+  def _ended(self, task: asyncio.Task) -> None:
+    """The first error ends the explorer; those that it causes are not news."""
+    self._in_flight.discard(task)
+    if not task.cancelled() and task.exception() is not None and self._failure is None:
+      self._failure = task.exception()
+    self._changed.set()
 
-  async def _runs(self, runner: Runner, task: Task, ids: Sequence[ExperienceId]):
-    self._open.update(ids)
+  def _raise_failure(self) -> None:
+    for failure in (self._failure, self._versions.failure):
+      if failure is not None:
+        raise failure
 
-    async def one(id: ExperienceId) -> Experience:
-      try:
-        return await runner.run(task, id)
-      finally:
-        self._open.discard(id)
+  async def _until(
+    self, ready: Callable[[], bool], blame: Callable[[], str | None] = lambda: None
+  ) -> None:
+    """Waits for events until `ready`.
 
-    async with asyncio.TaskGroup() as runs:
-      started = [runs.create_task(one(id)) for id in ids]
-    return [t.result() for t in started]
+    Args:
+      blame: what is waited for and how far that is; None: others' deadlines end the wait.
 
-  def _runner(self, workflow: str, grade: Grade, params: SamplingParams, stream: int) -> Runner:
-    c = self.config
+    Raises:
+      RunFailed: sync.timeout has passed since `blame` last said something new.
+    """
+    timeout, said = self.config.sync.timeout, blame()
+    end = asyncio.get_running_loop().time() + timeout
+    while True:
+      self._changed.clear()
+      self._raise_failure()
+      if ready():
+        return
+      now = blame()
+      if now != said:
+        said, end = now, asyncio.get_running_loop().time() + timeout
+      left = end - asyncio.get_running_loop().time() if said else None
+      if left is not None and left <= 0:
+        raise RunFailed(f"the explorer waited {timeout:.0f} s (sync.timeout) for {said}")
+      with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(self._changed.wait(), left)
 
-    def new_model(id: ExperienceId) -> Model:
-      greedy = self._greedy_first and stream == TRAIN_STREAM and id.run == 0
-      return Model(
-        self._engine.member((stream, *id)),
-        self._tokenizer,
-        id,
-        c.seed,
-        dataclasses.replace(params, temperature=0.0) if greedy else params,
-        c.sampler.max_prompt_length,
-        stream,
-        priority=-1 if stream != TRAIN_STREAM and c.eval.first else 0,
-      )
-
-    return Runner(
-      find_workflow(workflow),
-      grade,
-      new_model,
-      lambda id: self._engine.member((stream, *id)).leave(),
-      self._span,
-      timeout=c.explorer.run_timeout,
-      retries=c.explorer.max_retries,
-    )
-
-  async def evaluate(self, version: int) -> dict[str, float]:
-    """Runs every held-out task under the sampler's current weights; reports and returns metrics."""
-    c, metrics, shown = self.config, {}, []
-    params = SamplingParams(c.eval.temperature, c.sampler.max_response_length)
-    with self._span("eval"):
-      for i, (taskset, tasks, grade) in enumerate(self._held_out):
-        runner = self._runner(taskset.workflow, grade, params, TRAIN_STREAM + 1 + i)
-        ids = _group_ids(version, len(tasks), c.eval.runs)
-        self._announce(TRAIN_STREAM + 1 + i, ids)
-        groups = await asyncio.gather(
-          *(self._runs(runner, task, group) for task, group in zip(tasks, ids))
-        )
-        metrics |= eval_metrics(taskset.name, groups, main=i == 0)
-        shown += [g[0] for g in groups[:2]]
-    metrics["eval/count"] = float(sum(len(t) for _, t, _ in self._held_out))
-    self._on_eval(version, metrics, shown)
-    return metrics
+  # --- evaluation --------------------------------------------------------------------------------
 
   async def evaluate_versions(self, versions: Sequence[int]) -> None:
     """Evaluates each version as it is published (a newer one when it is no longer kept)."""
     for version in versions:
-      found, params = await self._synchronizer.wait_for(version)
+      found, params = await self._versions.wait_for(version)
       if found < self._version:
         continue  # a newer one has taken its place already
-      self._use(found, params)
-      await self._evaluate_once(found)
-
-  async def _evaluate_once(self, version: int) -> None:
-    if self.evaluates and version not in self._evaluated and version not in self._evaluated_here:
-      self._evaluated_here.add(version)
-      await self.evaluate(version)
+      if found > self._version:
+        self._use(found, params)
+      await self.evaluation.once(found)
 
   def describe(self) -> str:
     """Which runs are open, for the message of a wait that expired."""
-    names = ", ".join(map(str, sorted(self._open)[:8]))
-    return f"{len(self._open)} runs open (step/task/run/step): {names}; {self._engine.describe()}"
+    return self._groups.describe()
 
 
-def _group_ids(batch: int, tasks: int, runs: int) -> list[list[ExperienceId]]:
-  return [[ExperienceId(batch, task, run, 0) for run in range(runs)] for task in range(tasks)]
+async def cancelled(tasks) -> None:
+  """Cancels tasks and waits until they have ended."""
+  for task in tasks:
+    task.cancel()
+  await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def accuracy(experience: Experience) -> float:
-  """The component named accuracy, else the first reward component; 0 for a failed run."""
-  rewards = {k: v for k, v in experience.metrics.items() if k.startswith("rewards/")}
-  return rewards.get("rewards/accuracy", next(iter(rewards.values()), 0.0))
-
-
-def eval_metrics(
-  name: str, groups: Sequence[Sequence[Experience]], *, main: bool
-) -> dict[str, float]:
-  """Accuracy (mean over tasks and runs), pass@k and mean reward of one held-out set."""
-  scores = np.array([[accuracy(e) for e in group] for group in groups])
-  runs = scores.shape[1]
-  out = {
-    f"eval/{name}/accuracy": float(scores.mean()),
-    f"eval/{name}/avg@{runs}": float(
-      np.mean([[e.reward or 0.0 for e in group] for group in groups])
-    ),
-  }
-  if runs > 1:
-    out[f"eval/{name}/pass@{runs}"] = float((scores.max(axis=1) > 0).mean())
-  if main:
-    out["eval/accuracy"] = out[f"eval/{name}/accuracy"]
-  return out
-
-
-def rollout_metrics(experiences: Sequence[Experience], group_size: int) -> dict[str, float]:
-  """What the rollouts of one step were like, under the names of monitor.metrics."""
-  from trinity_jax.monitor.metrics import reduce_metrics, stats
-
-  n = len(experiences)
-  good = [e for e in experiences if e.num_actions]
-  rewards = [e.reward for e in good if e.reward is not None]
-  out = stats(rewards, "reward") if rewards else {}
-  reasons = collections.Counter(e.stop_reason.name.lower() for e in experiences)
-  out |= {f"stop/{k}": v / n for k, v in reasons.items()}
-  out |= {
-    "rollout/count": n,
-    "rollout/empty": 1 - len(good) / n,
-    "rollout/errored": sum(e.stop_reason is StopReason.ERROR for e in experiences) / n,
-    "clip_ratio": sum(e.stop_reason is StopReason.LENGTH for e in experiences) / n,
-    "aborted_ratio": sum(
-      e.stop_reason in (StopReason.TIMEOUT, StopReason.ABORTED) for e in experiences
-    )
-    / n,
-  }
-  errors = collections.Counter(e.info.get("type", "unknown") for e in experiences
-                               if e.stop_reason is StopReason.ERROR)  # fmt: skip
-  out |= {f"error/{k}/count": v for k, v in errors.items()}
-  out |= group_metrics(experiences, group_size)
-  components: Sequence[Mapping[str, Any]] = [e.metrics for e in good]
-  out |= reduce_metrics(
-    [{k: v for k, v in m.items() if k not in ("run_seconds", "retries")} for m in components]
-  )
-  return out
-
-
-def group_metrics(experiences: Sequence[Experience], group_size: int) -> dict[str, float]:
-  """Share of groups without any difference in reward, all solved, none solved."""
-  groups: dict[tuple[int, int], list[float]] = {}
-  for e in experiences:
-    if e.num_actions and e.reward is not None:
-      groups.setdefault(e.id.group, []).append(e.reward)
-  if not groups or group_size == 1:
-    return {}
-  flat = [len(set(g)) == 1 for g in groups.values()]
-  best = max(max(g) for g in groups.values())
-  return {
-    "group/count": len(groups),
-    "frac_reward_zero_std": float(np.mean(flat)),
-    "group/solve_all": float(np.mean([min(g) >= max(best, 1e-9) for g in groups.values()])),
-    "group/solve_none": float(np.mean([max(g) <= 0 for g in groups.values()])),
-  }
+def tasks_per_batch(config: Config) -> int:
+  """Tasks of an explorer step: explorer.batch_size and what over_rollout adds."""
+  c = config.explorer
+  return c.batch_size + round(c.batch_size * c.over_rollout)

@@ -67,10 +67,12 @@ class Runner:
         left = True
         self._leave(id)
 
-    started = time.monotonic()
+    started, clock = time.monotonic(), asyncio.get_running_loop().time
+    outside = self._timeout
     try:
       async with asyncio.timeout(self._timeout) as deadline:
         experience = await self._graded(task, id, leave, deadline)
+        outside -= (deadline.when() or clock()) - clock()
     except PromptTooLong as e:
       experience = Experience.failed(id, StopReason.PROMPT_TOO_LONG, {"error": str(e)})
     except _Raised as e:
@@ -84,6 +86,7 @@ class Runner:
     finally:
       leave()
     experience.metrics["run_seconds"] = time.monotonic() - started
+    experience.metrics["environment_seconds"] = outside
     return experience
 
   async def _graded(self, task: Task, id: ExperienceId, leave, deadline) -> Experience:

@@ -100,6 +100,11 @@ _TEXT: dict[str, str] = {
     queue/carried_over | experiences | experiences that did not fit this step and wait for the next
     staleness* | versions | trainer version minus the version that wrote a token
     staleness/worst | versions | largest staleness seen so far
+    staleness/mixed_tokens | fraction | tokens sampled in a context of several versions
+    staleness/masked_tokens | tokens | action tokens left out so far for their staleness
+    queue/dropped_groups | groups | groups dropped so far: every token was too stale
+    queue/regenerated | groups | groups sampled again after a restart, equal to what was stored
+    queue/regenerated_otherwise | groups | the same, but not equal
     stale_dropped | experiences | experiences dropped for their staleness
     trajectory_spans* | versions | distinct policy versions inside one trajectory
     partial_ratio | fraction | trajectories with more than one policy version

@@ -158,6 +158,7 @@ class _Span:
         parent._children -= 1
         if not parent._children:
           line._enter(parent.index)
+      line._ended = (self._label or CATEGORIES[self.index], end)
       if line._spans is not None:
         line._finished += 1
         line._spans.append((self._thread, self.index, self._start, end, self._label))
@@ -183,6 +184,7 @@ class Timeline:
     self._spans: deque[tuple[int, int, int, int, str | None]] | None = (
       deque(maxlen=keep) if keep else None)
     self._finished = 0
+    self._ended: tuple[str, int] | None = None
 
   def span(self, category: str, label: str | None = None) -> _Span:
     """Returns a context manager that accounts for its body.
@@ -219,6 +221,14 @@ class Timeline:
       for active, ns in self._window.items():
         masks[active] = masks.get(active, 0) + ns
     return report(masks)
+
+  def last_progress(self) -> tuple[str, float] | None:
+    """(label of the span that ended last, seconds since then), None before the first."""
+    with self._lock:
+      if self._ended is None:
+        return None
+      label, end = self._ended
+      return label, (self._clock() - end) / 1e9
 
   # --- called with the lock held ---
 

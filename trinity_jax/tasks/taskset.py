@@ -47,10 +47,15 @@ class Taskset:
 
   def next_batch(self, n: int) -> list[Task]:
     """Returns the next `n` tasks and moves the cursor; goes on into the next epoch."""
+    tasks = self.at(self.position, n)
+    self.position += n
+    return tasks
+
+  def at(self, position: int, n: int) -> list[Task]:
+    """Returns the `n` tasks from a place of the stream on; the cursor stays."""
     if n < 1:
       raise UserError(f"taskset batch of {n} tasks: must be at least 1 (explorer.batch_size)")
-    chosen = selectors.select(self._selector, self._seed, len(self.tasks), self.position, n)
-    self.position += n
+    chosen = selectors.select(self._selector, self._seed, len(self.tasks), position, n)
     return [self.tasks[i] for i in chosen]
 
   def state(self) -> dict[str, Any]:

@@ -158,6 +158,52 @@ class Checkpointer:
     self._manager.close()
 
 
+def saved_steps(directory: Path) -> list[int]:
+  """Steps of the complete checkpoints in a folder, rising; changes nothing there."""
+  if not Path(directory).is_dir():
+    return []
+  return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdigit())
+
+
+def restore_params(directory: Path, step: int, shardings: Any, dtype: Any) -> Any:
+  """The parameters of checkpoint `step` alone, cast to `dtype`; nothing else of it is read.
+
+  Args:
+    shardings: pytree of NamedSharding that mirrors the parameters.
+
+  Raises:
+    UserError: the checkpoint is of another model.
+  """
+  import orbax.checkpoint as ocp
+  from etils import epath
+
+  path = epath.Path(Path(directory).absolute()) / str(step) / "state"
+  handler = ocp.PyTreeCheckpointHandler()
+  try:
+    saved = handler.metadata(path)
+    saved = getattr(saved, "tree", saved)["params"]
+    like, found = jax.tree.structure(shardings), jax.tree.structure(saved)
+    if like != found:
+      raise UserError(f"checkpoint {path.parent}: it holds {found}, the model has {like}")
+    for where, leaf, sharding in zip(
+      jax.tree_util.tree_leaves_with_path(saved), jax.tree.leaves(saved), jax.tree.leaves(shardings)
+    ):
+      try:
+        sharding.shard_shape(tuple(leaf.shape))
+      except ValueError as e:
+        raise UserError(f"checkpoint {path.parent}: {_name(where[0])}: {e}") from e
+    item = {
+      "params": jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), saved, shardings
+      )
+    }
+    how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+    return handler.restore(path, args=args)["params"]
+  finally:
+    handler.close()
+
+
 def _name(path) -> str:
   """A leaf's path as dots, the same for dataclasses, tuples and the dicts Orbax reads back."""
   parts = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from trinity_jax.experience import Batch
+from trinity_jax.experience import Batch, Experience
 from trinity_jax.monitor import metrics as metric
 
 
@@ -19,20 +21,32 @@ def packing_metrics(batch: Batch) -> dict[str, float]:
   }
 
 
-def mismatch(batch: Batch, logprobs: dict[int, np.ndarray]) -> dict[str, float]:
+def mixed_tokens(batch: Batch, experiences: Sequence[Experience]) -> np.ndarray:
+  """bool[M, B, T]: tokens whose context several versions have computed (Experience.mixed)."""
+  out = np.zeros_like(batch.action_mask)
+  for i, e in enumerate(experiences):
+    if e.mixed is not None and e.mixed.any():
+      out[(batch.sequence_index == i) & (batch.segment_ids > 0)] = e.mixed
+  return out
+
+
+def mismatch(
+  batch: Batch, logprobs: dict[int, np.ndarray], mixed: np.ndarray
+) -> dict[str, float]:
   """Sampler against trainer: both log-probs of a token under the version that sampled it.
 
   Args:
     batch: packed (numpy).
     logprobs: version -> the trainer's f32[M, B, T].
+    mixed: of mixed_tokens: no single version gives these tokens' log-probs.
 
   Returns:
-    logprob_diff/* over tokens whose version is among `logprobs`, k1, k3 and ESS of the implied
+    logprob_diff/* over the other tokens whose version is among `logprobs`, k1, k3 and ESS of the implied
     importance weights; staleness/* over all sampled tokens.
   """
   trainer, known = np.zeros_like(batch.logprobs), np.zeros_like(batch.action_mask)
   for version, values in logprobs.items():
-    here = batch.action_mask & (batch.versions == version)
+    here = batch.action_mask & ~mixed & (batch.versions == version)
     trainer[here], known = values[here], known | here
   out = {}
   if known.any():
@@ -47,6 +61,7 @@ def mismatch(batch: Batch, logprobs: dict[int, np.ndarray]) -> dict[str, float]:
     }
   sampled = batch.action_mask & (batch.versions >= 0)
   if sampled.any():
+    out["staleness/mixed_tokens"] = float(mixed[sampled].mean())
     newest = max(logprobs)
     out |= metric.stats(newest - batch.versions[sampled], "staleness", ("mean", "max"))
   return out

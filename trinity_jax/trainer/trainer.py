@@ -23,13 +23,14 @@ from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Batch, Experience
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import transformer
+from trinity_jax.schedule import make_schedule
 from trinity_jax.tasks.demonstrations import PER_TASK
 from trinity_jax.trainer import step as train
 from trinity_jax.trainer.critic import make_critic
 from trinity_jax.trainer.extras import extras_of
 from trinity_jax.trainer.frozen import frozen_models
 from trinity_jax.trainer.minibatches import joined, minibatches
-from trinity_jax.trainer.mismatch import mismatch, packing_metrics
+from trinity_jax.trainer.mismatch import mismatch, mixed_tokens, packing_metrics
 from trinity_jax.trainer.optimizer import learning_rate, make_optimizer
 from trinity_jax.trainer.packing import PackSpec, pack
 from trinity_jax.trainer.programs import OUTPUTS, Parts, Programs, compile_programs
@@ -113,8 +114,7 @@ class Trainer:
   @property
   def _lagging(self) -> bool:
     """Whether a batch may hold tokens of older versions."""
-    sync = self.config.sync
-    return sync.interval + sync.offset > 1 and not self.algorithm.supervised
+    return make_schedule(self.config.sync).max_lag > 0 and not self.algorithm.supervised
 
   @functools.cached_property
   def _as_trained(self):
@@ -148,9 +148,9 @@ class Trainer:
     # Whatever compares with the policy as the step begins is computed before its first update.
     prepared = [self._prepared(part) for part in minibatches(experiences, self._updates)]
     found = []
-    for i, (packed, batch, programs, known) in enumerate(prepared):
+    for i, (packed, batch, programs, known, mixed) in enumerate(prepared):
       last = np.int32(i + 1 == len(prepared))
-      found.append(self._update(packed, batch, programs, known, version, last))
+      found.append(self._update(packed, batch, programs, known, mixed, version, last))
     metrics = joined(found)
     metrics |= {"lr": rate, "policy_version": version + 1}
     self._check(metrics)
@@ -164,7 +164,7 @@ class Trainer:
 
   def _prepared(self, experiences: Sequence[Experience]):
     """(packed batch, the same on the devices with every score filled in, programs, log-probs of
-    the trained model by version)."""
+    the trained model by version, which tokens have a mixed context)."""
     pairs = [e.id.task for e in experiences] if self.algorithm.data == "preferences" else None
     packed = pack(experiences, self.spec, pairs, self._extras)
     batch = jax.device_put(packed, train.batch_shardings(packed, self.mesh))
@@ -184,9 +184,9 @@ class Trainer:
     batch = dataclasses.replace(
       batch, ref_logprobs=reference, extras=batch.extras | filled
     )
-    return packed, batch, programs, known
+    return packed, batch, programs, known, mixed_tokens(packed, experiences)
 
-  def _update(self, packed, batch, programs, known, version, last) -> dict[str, float]:
+  def _update(self, packed, batch, programs, known, mixed, version, last) -> dict[str, float]:
     """One update of critic and policy; returns its metrics."""
     metrics: dict[str, float] = {}
     critic_state = self.state.critic
@@ -205,7 +205,7 @@ class Trainer:
     metrics |= {k: float(v) for k, v in values.items()}
     metrics |= packing_metrics(packed)
     if not self.algorithm.supervised:
-      metrics |= mismatch(packed, {version: logprobs, **known})
+      metrics |= mismatch(packed, {version: logprobs, **known}, mixed)
       effective = np.unique(packed.sequence_index[packed.action_mask & (advantages != 0)]).size
       metrics["group/effective_batch_size"] = effective
     return metrics
@@ -229,7 +229,7 @@ class Trainer:
     most = self.spec.sequences // pairs * pairs
     total = weight = 0.0
     for i in range(0, len(experiences), most):
-      packed, batch, programs, _ = self._prepared(experiences[i : i + most])
+      packed, batch, programs, *_ = self._prepared(experiences[i : i + most])
       metrics = self._launch(programs.held_out, self.state.params, batch)
       by_token = self.algorithm.aggregation == "token-mean"
       size = float(packed.num_tokens if by_token else packed.num_sequences)

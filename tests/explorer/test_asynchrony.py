@@ -1,0 +1,153 @@
+"""The explorer where nobody waits for the slowest: carry-over, swaps, evaluation on a snapshot."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from rig import WAIT, Rig, config_of, held_out, versions, workflow
+
+__all__ = ["workflow"]
+FREE = {"explorer.deterministic": False}
+
+
+def free(world, style, **more):
+  return config_of(world, **{**FREE, "sync.style": style, **more})
+
+
+@pytest.mark.parametrize("style", ["fixed", "trainer_driven", "fully_async"])
+def test_a_straggler_holds_nobody_up(world, workflow, style):
+  """Its group is trained when it comes, by then with what its lag allows."""
+  go_on = threading.Event()
+
+  async def one_hangs(task, model):
+    if model.id.group == (1, 1):
+      await asyncio.to_thread(go_on.wait, WAIT)
+    await model.chat(task.messages)
+
+  workflow(one_hangs)
+  with world.sampler(version=None, deterministic=False) as sampler:
+    rig = Rig(world, sampler, free(world, style, **{"sync.offset": 2}))
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(6)):
+      first = rig.train(1, 3)
+      go_on.set()
+      rest = rig.train(4, 6)
+      rig.buffer.finish()
+    assert not rig.errors
+  groups = [{e.id.group for e in step} for step in first + rest]
+  assert all(len(g) == 3 for g in groups) and len(set().union(*groups)) == 18
+  assert not any((1, 1) in g for g in groups[:3]) and any((1, 1) in g for g in groups[3:])
+  for step, experiences in enumerate(first + rest, 1):
+    lag = [step - 1 - v for v in versions(experiences)]
+    assert max(lag) <= rig.schedule.max_lag
+
+
+def test_fully_async_swaps_weights_in_the_middle_of_a_run(world, workflow):
+  """A second turn that begins after a publication is sampled by the new version."""
+  published, spoke = threading.Event(), threading.Semaphore(0)
+
+  async def two_turns(task, model):
+    first = [65, 66 + task.index, 67]
+    spoken = await model.generate(first)
+    spoke.release()
+    if model.id.batch == 1:
+      await asyncio.to_thread(published.wait, WAIT)
+    await model.generate([*first, *spoken, 68])
+    return 1.0
+
+  workflow(two_turns)
+  more = {"sync.max_staleness": 3}
+  with world.sampler(version=None, deterministic=False) as sampler:
+    rig = Rig(world, sampler, free(world, "fully_async", **more))
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(2)):
+      assert all(spoke.acquire(timeout=WAIT) for _ in range(6))
+      for version in (1, 2):
+        rig.publish(version)
+      assert rig.until(lambda: sampler.version == 2 or rig.explorer._version == 2)
+      published.set()
+      (first,) = rig.train(1, 1, publish=False)
+      rig.buffer.finish()
+    assert not rig.errors
+  both = [e for e in first if e.num_actions]
+  assert both, first[0].info
+  assert all({int(v) for v in e.versions[e.action_mask]} == {0, 2} for e in both)
+
+
+def test_the_end_of_training_ends_what_is_under_way(world, workflow):
+  """Runs that nobody needs are cancelled, whatever they wait for, and free their slots."""
+
+  async def some_never_end(task, model):
+    await model.chat(task.messages)
+    if model.id.batch > 1:
+      await asyncio.Event().wait()
+
+  workflow(some_never_end)
+  with world.sampler(version=None, deterministic=False) as sampler:
+    rig = Rig(world, sampler, free(world, "trainer_driven", **{"sync.offset": 1}))
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(4)):
+      rig.train(1, 1)
+      rig.buffer.finish()
+    assert not rig.errors
+
+
+def test_over_rollout_trains_without_its_slowest(world, workflow):
+  """Five tasks a step for a batch of three: two that hang are missed by nobody."""
+  go_on = threading.Event()
+
+  async def two_hang(task, model):
+    if model.id.task in (0, 3) and model.id.batch == 1:
+      await asyncio.to_thread(go_on.wait, WAIT)
+    await model.chat(task.messages)
+
+  workflow(two_hang)
+  with world.sampler(version=None, deterministic=False) as sampler:
+    rig = Rig(world, sampler, free(world, "fixed", **{"explorer.over_rollout": 0.67}))
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(2)):
+      steps = rig.train(1, 2)
+      rig.buffer.finish()
+      go_on.set()
+    assert not rig.errors
+  assert {e.id.group for e in steps[0]} == {(1, 1), (1, 2), (1, 4)}
+  assert all(versions(s) == {n} for n, s in enumerate(steps))
+
+
+def test_evaluation_keeps_its_weights_while_training_goes_on(world, workflow):
+  started, go_on = threading.Event(), threading.Event()
+
+  async def evaluations_wait(task, model):
+    if model._stream:
+      started.set()
+      await asyncio.to_thread(go_on.wait, WAIT)
+    await model.chat(task.messages)
+
+  workflow(evaluations_wait)
+  with world.sampler(version=None, deterministic=False) as sampler:
+    config = free(
+      world, "fully_async", **{"eval.interval": 2, "eval.on_start": False, "sync.max_staleness": 4}
+    )
+    rig = Rig(world, sampler, config, [held_out(world)])
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(6)):
+      rig.train(1, 2)
+      assert started.wait(WAIT)
+      rig.train(3, 4)  # beside the evaluation, which began with version 2
+      go_on.set()
+      rig.train(5, 6)
+      rig.buffer.finish()
+    assert not rig.errors
+  assert rig.evals[0][0] == 2 and versions(rig.evals[0][2]) == {2}
+
+
+def test_explorer_driven_publishes_when_asked(world, workflow):
+  with world.sampler(version=None, deterministic=False) as sampler:
+    config = free(world, "explorer_driven", **{"sync.interval": 2, "sync.offset": 1})
+    rig = Rig(world, sampler, config)
+    steps = rig.go(1, 6)
+  for number, experiences in enumerate(steps, 1):
+    assert all(0 <= number - 1 - v <= rig.schedule.max_lag for v in versions(experiences))
+  assert len(rig.published) < 7  # not after every step

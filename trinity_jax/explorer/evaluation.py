@@ -1,0 +1,82 @@
+"""Held-out evaluation of the weights that the sampler has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+from trinity_jax.config import Config, TasksetConfig
+from trinity_jax.experience import Experience, Task
+from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
+from trinity_jax.explorer.metrics import eval_metrics
+from trinity_jax.explorer.runner import Grade
+from trinity_jax.explorer.workflow import SamplingParams
+
+HeldOut = tuple[TasksetConfig, Sequence[Task], Grade]
+
+
+class Evaluation:
+  """Runs every held-out task under one version, once per version.
+
+  Args:
+    held_out: (config, tasks, grade) of each evaluation taskset.
+    on_eval: called with (version, metrics, some experiences) after each evaluation.
+    done: versions that need no evaluation, an earlier process having booked them.
+    span: timeline.span.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    groups: Groups,
+    held_out: Sequence[HeldOut],
+    on_eval: Callable[[int, dict[str, float], list[Experience]], None],
+    span: Callable[[str], Any],
+    done: Container[int] = (),
+  ):
+    self.config, self._groups, self._held_out = config, groups, held_out
+    self._on_eval, self._span, self._done = on_eval, span, done
+    self._done_here: set[int] = set()
+    self._period: int | None = None  # version // eval.interval of the newest version seen
+
+  def __bool__(self) -> bool:
+    """Whether there is anything held out."""
+    return bool(self._held_out)
+
+  def comes_due(self, version: int) -> bool:
+    """Whether a version that the sampler takes is to be evaluated: the first in each interval.
+
+    Explorers that take every version see the multiples of eval.interval; those that skip versions
+    evaluate the next one after it.
+    """
+    every = self.config.eval.interval
+    if not every or not self:
+      return False
+    before, self._period = self._period, version // every
+    if before is None:  # a start or a resume
+      return version % every == 0 and (version > 0 or self.config.eval.on_start)
+    return self._period > before
+
+  async def once(self, version: int) -> None:
+    """Evaluates a version unless that was done before."""
+    if self and version not in self._done and version not in self._done_here:
+      self._done_here.add(version)
+      await self._evaluate(version)
+
+  async def _evaluate(self, version: int) -> None:
+    c, metrics, shown = self.config, {}, []
+    params = SamplingParams(c.eval.temperature, c.sampler.max_response_length)
+    with self._span("eval"):
+      for i, (taskset, tasks, grade) in enumerate(self._held_out):
+        stream = TRAIN_STREAM + 1 + i
+        runner = self._groups.runner(taskset.workflow, grade, params, stream)
+        ids = group_ids(version, range(len(tasks)), c.eval.runs)
+        self._groups.announce(stream, ids)
+        groups = await asyncio.gather(
+          *(self._groups.run(runner, task, group) for task, group in zip(tasks, ids))
+        )
+        metrics |= eval_metrics(taskset.name, groups, main=i == 0)
+        shown += [g[0] for g in groups[:2]]
+    metrics["eval/count"] = float(sum(len(t) for _, t, _ in self._held_out))
+    self._on_eval(version, metrics, shown)

@@ -1,0 +1,111 @@
+"""Runs of whole groups: one workflow per (task, run), each with its own model handle."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trinity_jax.config import Config
+from trinity_jax.experience import Experience, ExperienceId, Task
+from trinity_jax.explorer.runner import Grade, Runner
+from trinity_jax.explorer.workflow import Model, SamplingParams, find_workflow
+from trinity_jax.models.tokenizer import Tokenizer
+from trinity_jax.sampler.rollout_engine import RolloutEngine
+
+TRAIN_STREAM = 0  # evaluation of the i-th held-out set draws from stream i + 1
+
+
+class Groups:
+  """Starts the runs of groups.
+
+  Args:
+    greedy_first: sample the first run of each training group greedily (a baseline).
+    span: timeline.span.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    engine: RolloutEngine,
+    tokenizer: Tokenizer,
+    span: Callable[[str], Any],
+    *,
+    greedy_first: bool = False,
+  ):
+    self.config = config
+    self._engine, self._tokenizer, self._span = engine, tokenizer, span
+    self._greedy_first = greedy_first
+    self._open: set[ExperienceId] = set()
+    self._completed: tuple[int, float] = (0, 0.0)  # runs, and their seconds outside the sampler
+
+  def runner(self, workflow: str, grade: Grade, params: SamplingParams, stream: int) -> Runner:
+    """Who runs the workflow with these sampling parameters."""
+    c = self.config
+
+    def new_model(id: ExperienceId) -> Model:
+      greedy = self._greedy_first and stream == TRAIN_STREAM and id.run == 0
+      return Model(
+        self._engine.member((stream, *id)),
+        self._tokenizer,
+        id,
+        c.seed,
+        dataclasses.replace(params, temperature=0.0) if greedy else params,
+        c.sampler.max_prompt_length,
+        stream,
+        priority=-1 if stream != TRAIN_STREAM and c.eval.first else 0,
+      )
+
+    return Runner(
+      find_workflow(workflow),
+      grade,
+      new_model,
+      lambda id: self._engine.member((stream, *id)).leave(),
+      self._span,
+      timeout=self._timeout() if stream == TRAIN_STREAM else c.explorer.run_timeout,
+      retries=c.explorer.max_retries,
+    )
+
+  def _timeout(self) -> float:
+    """explorer.run_timeout, or explorer.timeout_ratio times what runs have taken so far."""
+    c, (count, seconds) = self.config.explorer, self._completed
+    if not c.timeout_ratio or not count:
+      return c.run_timeout
+    return min(c.run_timeout, c.timeout_ratio * seconds / count)
+
+  def announce(self, stream: int, groups: Sequence[Sequence[ExperienceId]]) -> None:
+    """Counts runs in before they start: deterministic admission waits for all of a batch."""
+    for id in (id for group in groups for id in group):
+      self._engine.member((stream, *id)).enter()
+
+  async def run(
+    self, runner: Runner, task: Task, ids: Sequence[ExperienceId]
+  ) -> list[Experience]:
+    """The runs of one announced group; failed ones are values."""
+    self._open.update(ids)
+
+    async def one(id: ExperienceId) -> Experience:
+      try:
+        return await runner.run(task, id)
+      finally:
+        self._open.discard(id)
+
+    async with asyncio.TaskGroup() as runs:
+      started = [runs.create_task(one(id)) for id in ids]
+    out = [t.result() for t in started]
+    for e in out:
+      if not e.stop_reason.failed:
+        count, seconds = self._completed
+        self._completed = count + 1, seconds + e.metrics.get("environment_seconds", 0.0)
+    return out
+
+  def describe(self) -> str:
+    """Which runs are open, for the message of a wait that expired."""
+    names = ", ".join(map(str, sorted(self._open)[:8]))
+    return f"{len(self._open)} runs open (step/task/run/step): {names}; {self._engine.describe()}"
+
+
+def group_ids(batch: int, tasks: Sequence[int], runs: int) -> list[list[ExperienceId]]:
+  """Ids of a group per task number."""
+  return [[ExperienceId(batch, task, run, 0) for run in range(runs)] for task in tasks]

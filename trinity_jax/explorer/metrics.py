@@ -1,0 +1,89 @@
+"""Numbers about rollouts and evaluations, under the names of monitor.metrics."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trinity_jax.experience import Experience, StopReason
+from trinity_jax.monitor.metrics import reduce_metrics, stats
+
+_OWN = ("run_seconds", "environment_seconds", "retries")  # for people, not for curves
+
+
+def accuracy(experience: Experience) -> float:
+  """The component named accuracy, else the first reward component; 0 for a failed run."""
+  rewards = {k: v for k, v in experience.metrics.items() if k.startswith("rewards/")}
+  return rewards.get("rewards/accuracy", next(iter(rewards.values()), 0.0))
+
+
+def eval_metrics(
+  name: str, groups: Sequence[Sequence[Experience]], *, main: bool
+) -> dict[str, float]:
+  """Accuracy (mean over tasks and runs), pass@k and mean reward of one held-out set."""
+  scores = np.array([[accuracy(e) for e in group] for group in groups])
+  runs = scores.shape[1]
+  out = {
+    f"eval/{name}/accuracy": float(scores.mean()),
+    f"eval/{name}/avg@{runs}": float(
+      np.mean([[e.reward or 0.0 for e in group] for group in groups])
+    ),
+  }
+  if runs > 1:
+    out[f"eval/{name}/pass@{runs}"] = float((scores.max(axis=1) > 0).mean())
+  if main:
+    out["eval/accuracy"] = out[f"eval/{name}/accuracy"]
+  return out
+
+
+def rollout_metrics(experiences: Sequence[Experience], group_size: int) -> dict[str, float]:
+  """What the rollouts of one step were like, under the names of monitor.metrics."""
+  n = len(experiences)
+  good = [e for e in experiences if e.num_actions]
+  rewards = [e.reward for e in good if e.reward is not None]
+  out = stats(rewards, "reward") if rewards else {}
+  reasons = collections.Counter(e.stop_reason.name.lower() for e in experiences)
+  out |= {f"stop/{k}": v / n for k, v in reasons.items()}
+  out |= {
+    "rollout/count": n,
+    "rollout/empty": 1 - len(good) / n,
+    "rollout/errored": sum(e.stop_reason is StopReason.ERROR for e in experiences) / n,
+    "clip_ratio": sum(e.stop_reason is StopReason.LENGTH for e in experiences) / n,
+    "aborted_ratio": sum(
+      e.stop_reason in (StopReason.TIMEOUT, StopReason.ABORTED) for e in experiences
+    )
+    / n,
+  }
+  errors = collections.Counter(e.info.get("type", "unknown") for e in experiences
+                               if e.stop_reason is StopReason.ERROR)  # fmt: skip
+  out |= {f"error/{k}/count": v for k, v in errors.items()}
+  if good:
+    several = [len(set(e.versions[e.action_mask].tolist())) > 1 for e in good]
+    out["partial_ratio"] = float(np.mean(several))
+  out |= group_metrics(experiences, group_size)
+  components: Sequence[Mapping[str, Any]] = [e.metrics for e in good]
+  out |= reduce_metrics(
+    [{k: v for k, v in m.items() if k not in _OWN} for m in components]
+  )
+  return out
+
+
+def group_metrics(experiences: Sequence[Experience], group_size: int) -> dict[str, float]:
+  """Share of groups without any difference in reward, all solved, none solved."""
+  groups: dict[tuple[int, int], list[float]] = {}
+  for e in experiences:
+    if e.num_actions and e.reward is not None:
+      groups.setdefault(e.id.group, []).append(e.reward)
+  if not groups or group_size == 1:
+    return {}
+  flat = [len(set(g)) == 1 for g in groups.values()]
+  best = max(max(g) for g in groups.values())
+  return {
+    "group/count": len(groups),
+    "frac_reward_zero_std": float(np.mean(flat)),
+    "group/solve_all": float(np.mean([min(g) >= max(best, 1e-9) for g in groups.values()])),
+    "group/solve_none": float(np.mean([max(g) <= 0 for g in groups.values()])),
+  }
