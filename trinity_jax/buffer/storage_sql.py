@@ -1,0 +1,423 @@
+"""Groups in SQLite or PostgreSQL: they survive the process, and several processes share them.
+
+Needs SQLAlchemy. Selections use the indices of `schema`; counts are kept, never counted. Locks are
+taken in one order, rows of groups before rows of numbers, so that transactions cannot wait for one
+another in a circle; those that only add groups lock numbers first, which nobody who holds them
+follows up with a group that exists.
+"""
+
+from __future__ import annotations
+
+import collections
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from trinity_jax.buffer.bell import ThreadBell
+from trinity_jax.buffer.claims_sql import SqlClaims
+from trinity_jax.buffer.database import Database
+from trinity_jax.buffer.record import Group, Key, Outcome, Rules, Stats, Status
+from trinity_jax.buffer.rewards import rewarded
+from trinity_jax.buffer.schema import COUNTS, EXPERIENCES, GROUPS, NUMBERS, USES, migrate
+from trinity_jax.buffer.staleness import NEVER
+from trinity_jax.buffer.storage_memory import deleted
+from trinity_jax.errors import UserError
+from trinity_jax.experience import Experience, ExperienceId
+
+CHUNK = 64  # groups per transaction when many are deleted or taken back
+
+Connection = sa.Connection
+Counts = collections.Counter
+
+
+def is_group(table: sa.Table, key: Key) -> sa.ColumnElement[bool]:
+  return (table.c.batch == key[0]) & (table.c.task == key[1])
+
+
+class SqlStore(SqlClaims):
+  """Args: database: migrated when opened; bell: rings in every process that shares it."""
+
+  def __init__(
+    self, database: Database, bell: ThreadBell, clock: Callable[[], float] | None = None
+  ):
+    super().__init__(database, bell, clock)
+    database.write(lambda connection, _: self._open(connection))
+
+  def _open(self, connection: Connection) -> None:
+    if self._database.postgres:
+      connection.execute(sa.text("SELECT pg_advisory_xact_lock(5641907235)"))  # one at a time
+      schema = connection.get_execution_options()["schema_translate_map"][None]
+      if schema is not None:
+        connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+    migrate(connection, self.place)
+
+  # --- numbers -----------------------------------------------------------------------------------
+
+  def _add(self, connection: Connection, counts: Counts[str]) -> None:
+    for name in sorted(n for n, v in counts.items() if v):
+      connection.execute(
+        NUMBERS.update().where(NUMBERS.c.name == name).values(value=NUMBERS.c.value + counts[name])
+      )
+
+  def stats(self) -> Stats:
+    def read(connection: Connection) -> Stats:
+      rows = connection.execute(sa.select(NUMBERS.c.name, NUMBERS.c.value))
+      values = {name: value for name, value in rows}
+      return Stats(*(values[name] for name in COUNTS))
+
+    return self._database.read(read)
+
+  # --- producers ---------------------------------------------------------------------------------
+
+  def put(self, groups: Sequence[Group], rules: Rules) -> list[Outcome | None]:
+    payloads: dict[Key, list[dict[str, object]]] = {}
+
+    def write(connection: Connection, attempt: int) -> list[Outcome | None]:
+      out, added = self._admit(connection, groups, rules)
+      if attempt:  # an attempt of ours may have stored them: to the caller that is "stored"
+        out: list[Outcome | None] = ["stored" if o == "same" else o for o in out]
+      for group in added:
+        if group.key not in payloads:
+          payloads[group.key] = [_experience_row(e) for e in group.experiences]
+      self._store(connection, added, [r for g in added for r in payloads[g.key]], rules)
+      return out
+
+    out = self._write_and_ring(write)
+    return out
+
+  def _admit(
+    self, connection: Connection, groups: Sequence[Group], rules: Rules
+  ) -> tuple[list[Outcome | None], list[Group]]:
+    """What becomes of each, and those to store."""
+    fresh = self._number(connection, "fresh", lock=True)
+    finished = self._number(connection, "finished")
+    due = self._due(connection, rules) if rules.order == "id" else None
+    out: list[Outcome | None] = []
+    added: dict[Key, Group] = {}
+    for group in groups:
+      found = connection.execute(
+        sa.select(GROUPS.c.digest).where(is_group(GROUPS, group.key))
+      ).scalar_one_or_none()
+      if found is None and group.key in added:
+        found = added[group.key].digest
+      if found is not None:
+        out.append("same" if found == group.digest else "different")
+      elif fresh < rules.capacity or finished or (due is not None and group.key <= due):
+        out.append("stored")
+        added[group.key] = group
+        fresh += 0 if group.pending else len(group.experiences)
+      else:
+        out.append(None)
+    return out, list(added.values())
+
+  def _store(
+    self,
+    connection: Connection,
+    groups: Sequence[Group],
+    experiences: list[dict[str, object]],
+    rules: Rules,
+  ) -> None:
+    if not groups:
+      return
+    connection.execute(GROUPS.insert(), [_group_row(g, rules) for g in groups])
+    connection.execute(EXPERIENCES.insert(), experiences)
+    counts: Counts[str] = Counts()
+    for group in groups:
+      counts[group.status.name.lower()] += 1
+      counts["fresh"] += 0 if group.pending else len(group.experiences)
+    self._count_batches(connection, Counts(g.key[0] for g in groups), rules)
+    self._add(connection, counts)
+
+  def give_reward(self, id: ExperienceId, reward: float, rules: Rules) -> None:
+    del rules  # a priority does not depend on rewards
+    at = is_group(EXPERIENCES, id.group)
+    at &= (EXPERIENCES.c.run == id.run) & (EXPERIENCES.c.step == id.step)
+
+    def write(connection: Connection, _: int) -> bool:
+      group = connection.execute(
+        sa.select(GROUPS.c.size, GROUPS.c.pending)
+        .where(is_group(GROUPS, id.group))
+        .with_for_update()
+      ).one_or_none()
+      data = connection.execute(sa.select(EXPERIENCES.c.data).where(at)).scalar_one_or_none()
+      if group is None or data is None:
+        raise UserError(f"reward for experience {id}: {self.place} does not hold it")
+      given = rewarded(self._parse(id, data), reward)
+      if given is None:
+        return False
+      connection.execute(EXPERIENCES.update().where(at).values(data=given.to_bytes()))
+      last = group.pending == 1
+      values = {"pending": group.pending - 1} | ({"status": Status.READY} if last else {})
+      connection.execute(GROUPS.update().where(is_group(GROUPS, id.group)).values(values))
+      if last:
+        self._add(connection, Counts({"waiting": -1, "ready": 1, "fresh": group.size}))
+      return True
+
+    self._write_and_ring(write)
+
+  # --- the trainer -------------------------------------------------------------------------------
+
+  def due(self, rules: Rules) -> Key:
+    return self._database.read(lambda connection: self._due(connection, rules))
+
+  def _due(self, connection: Connection, rules: Rules) -> Key:
+    """The group after the last one, in id order, that was used up or dropped."""
+    last: Key = (0, -1)
+    for status in (Status.USED, Status.DROPPED):
+      row = connection.execute(
+        sa.select(GROUPS.c.batch, GROUPS.c.task)
+        .where(GROUPS.c.status == status)
+        .order_by(GROUPS.c.batch.desc(), GROUPS.c.task.desc())
+        .limit(1)
+      ).one_or_none()
+      if row is not None:
+        last = max(last, (row.batch, row.task))
+    return max((rules.first_batch, 0), rules.after(last))
+
+  def take(self, n: int, step: int, rules: Rules) -> list[Key]:
+    ticket = uuid.uuid4().hex
+
+    def write(connection: Connection, attempt: int) -> tuple[list[Key], bool]:
+      if attempt:  # an attempt may have been committed: its groups are ours
+        rows = connection.execute(
+          sa.select(USES.c.batch, USES.c.task, USES.c.dropped).where(USES.c.ticket == ticket)
+        ).all()
+        if rows:
+          return sorted((r.batch, r.task) for r in rows if not r.dropped), True
+      counts: Counts[str] = Counts()
+      if rules.order == "id":
+        taken = self._take_in_order(connection, n, step, ticket, rules, counts)
+      else:
+        taken = self._take_best(connection, n, step, ticket, rules, counts)
+      self._add(connection, counts)
+      return taken, bool(counts)
+
+    taken, changed = self._database.write(write)
+    if changed:
+      self._ring()
+    return taken
+
+  def _ready(self) -> sa.Select:
+    """Ready groups that nobody else is taking; column names as in GROUPS."""
+    return self._database.locked(sa.select(GROUPS).where(GROUPS.c.status == Status.READY))
+
+  def _take_in_order(self, connection, n, step, ticket, rules: Rules, counts) -> list[Key]:
+    due, oldest, taken = self._due(connection, rules), rules.oldest(step), []
+    while len(taken) < n:
+      rows = connection.execute(
+        self._ready().order_by(GROUPS.c.batch, GROUPS.c.task).limit(n - len(taken))
+      ).all()
+      for row in rows:
+        key = (row.batch, row.task)
+        if key > due:
+          return taken
+        stale = oldest is not None and row.newest < oldest
+        self._use(connection, row, step, ticket, rules, counts, dropped=stale)
+        due = max(due, rules.after(key))
+        if not stale:
+          taken.append(key)
+      if not rows:
+        break
+    return taken
+
+  def _take_best(self, connection, n, step, ticket, rules: Rules, counts) -> list[Key]:
+    oldest = rules.oldest(step)
+    if oldest is not None:
+      stale = self._ready().where(GROUPS.c.newest < oldest)
+      for row in connection.execute(stale.order_by(GROUPS.c.newest)).all():
+        self._use(connection, row, step, ticket, rules, counts, dropped=True)
+    order: list[Any] = [GROUPS.c.batch, GROUPS.c.task]
+    if rules.order == "priority":
+      order.insert(0, GROUPS.c.priority.desc())
+    free = self._ready().where(GROUPS.c.free_at <= step)
+    rows = connection.execute(free.order_by(*order).limit(n)).all()
+    if len(rows) < n:  # wait for more to choose from, unless nobody may bring any
+      fresh = self._number(connection, "fresh") + counts["fresh"]
+      if fresh < rules.capacity:
+        return []
+    for row in rows:
+      self._use(connection, row, step, ticket, rules, counts)
+    return [(row.batch, row.task) for row in rows]
+
+  def _use(self, connection, row, step, ticket, rules: Rules, counts, dropped=False) -> None:
+    key, uses = (row.batch, row.task), row.uses + (not dropped)
+    status = Status.READY
+    if dropped or uses >= rules.max_uses:
+      status = Status.DROPPED if dropped else Status.USED
+    connection.execute(
+      GROUPS.update()
+      .where(is_group(GROUPS, key))
+      .values(
+        status=status,
+        uses=uses,
+        free_at=rules.free_at(step),
+        ended_at=None if status is Status.READY else step,
+        priority=rules.priority(key, row.version, uses),
+      )
+    )
+    connection.execute(
+      USES.insert().values(
+        batch=key[0], task=key[1], at=step, ticket=ticket, dropped=dropped, masked=0
+      )
+    )
+    counts["ready"] -= 1
+    counts[status.name.lower()] += 1
+    if not row.uses:
+      counts["fresh"] -= row.size
+
+  def load(self, keys: Sequence[Key]) -> list[list[Experience]]:
+    def read(connection: Connection) -> list[list[tuple[ExperienceId, bytes]]]:
+      out = []
+      for key in keys:
+        rows = connection.execute(
+          sa.select(EXPERIENCES)
+          .where(is_group(EXPERIENCES, key))
+          .order_by(EXPERIENCES.c.run, EXPERIENCES.c.step)
+        )
+        out.append([(ExperienceId(r.batch, r.task, r.run, r.step), r.data) for r in rows])
+      return out
+
+    if not keys:
+      return []
+    return [[self._parse(id, data) for id, data in rows] for rows in self._database.read(read)]
+
+  def _parse(self, id: ExperienceId, data: bytes) -> Experience:
+    try:
+      found = Experience.from_bytes(data)
+    except UserError as e:
+      raise UserError(
+        f"{self.place}: experience {id} (explorer step/task/run/step): {e}; restore the store from "
+        "a copy, or delete it and sample again"
+      ) from e
+    if found.id != id:
+      raise UserError(f"{self.place}: experience {id} is damaged: its record says {found.id}")
+    return found
+
+  def note_masked(self, step: int, masked: dict[Key, int]) -> None:
+    def write(connection: Connection, _: int) -> None:
+      counts: Counts[str] = Counts()
+      for key, count in masked.items():
+        at = is_group(USES, key) & (USES.c.at == step) & (USES.c.masked == 0)
+        done = connection.execute(USES.update().where(at).values(masked=count))
+        counts["masked"] += count * done.rowcount
+      self._add(connection, counts)
+
+    self._database.write(write)
+
+  # --- checkpoints -------------------------------------------------------------------------------
+
+  def untake(self, keys: Sequence[Key], step: int, rules: Rules) -> None:
+    self._forget(keys, step - 1, rules)
+    self._ring()
+
+  def _forget(self, keys: Sequence[Key], step: int, rules: Rules) -> None:
+    """Undoes the uses after `step` of these groups."""
+    for i in range(0, len(keys), CHUNK):
+      part = keys[i : i + CHUNK]
+      self._database.write(lambda c, _, part=part: self._forget_some(c, part, step, rules))
+
+  def _forget_some(
+    self, connection: Connection, keys: Sequence[Key], step: int, rules: Rules
+  ) -> None:
+    counts: Counts[str] = Counts()
+    for key in keys:
+      row = connection.execute(
+        sa.select(GROUPS).where(is_group(GROUPS, key)).with_for_update()
+      ).one()
+      uses = connection.execute(sa.select(USES).where(is_group(USES, key))).all()
+      later = [u for u in uses if u.at > step]
+      if not later:
+        continue
+      kept = [u for u in uses if u.at <= step]
+      connection.execute(USES.delete().where(is_group(USES, key) & (USES.c.at > step)))
+      values = {
+        "status": Status.READY,
+        "uses": len(kept),
+        "free_at": max((rules.free_at(u.at) for u in kept), default=0),
+        "ended_at": None,
+        "priority": rules.priority(key, row.version, len(kept)),
+      }
+      connection.execute(GROUPS.update().where(is_group(GROUPS, key)).values(values))
+      counts[Status(row.status).name.lower()] -= 1
+      counts["ready"] += 1
+      counts["masked"] -= sum(u.masked for u in later)
+      counts["fresh"] += row.size * ((not kept) - (not row.uses and row.status == Status.READY))
+    self._add(connection, counts)
+
+  def commit(self, step: int, rules: Rules) -> None:
+    def note(connection: Connection, _: int) -> None:
+      connection.execute(
+        NUMBERS.update()
+        .where((NUMBERS.c.name == "committed") & (NUMBERS.c.value < step))
+        .values(value=step)
+      )
+
+    self._database.write(note)
+    while not rules.keep and self._database.write(lambda c, _: self._delete_some(c, step)):
+      pass
+
+  def _delete_some(self, connection: Connection, step: int) -> bool:
+    """Deletes experiences that no step will use again; returns whether there may be more."""
+    rows = connection.execute(
+      sa.select(GROUPS.c.batch, GROUPS.c.task)
+      .where(GROUPS.c.payload & (GROUPS.c.ended_at <= step))
+      .order_by(GROUPS.c.ended_at)
+      .limit(CHUNK)
+    ).all()
+    for row in rows:
+      key = (row.batch, row.task)
+      connection.execute(EXPERIENCES.delete().where(is_group(EXPERIENCES, key)))
+      connection.execute(GROUPS.update().where(is_group(GROUPS, key)).values(payload=False))
+    return len(rows) == CHUNK
+
+  def restore(self, step: int, rules: Rules) -> None:
+    def later(connection: Connection) -> tuple[list[Key], int, int]:
+      keys = sa.select(USES.c.batch, USES.c.task).where(USES.c.at > step).distinct()
+      lost = connection.execute(
+        sa.select(sa.func.count())
+        .select_from(GROUPS)
+        .where(sa.not_(GROUPS.c.payload) & (GROUPS.c.ended_at > step))
+      ).scalar_one()
+      found = [(r.batch, r.task) for r in connection.execute(keys)]
+      return found, lost, self._number(connection, "committed")
+
+    keys, lost, committed = self._database.read(later)
+    if lost:
+      raise UserError(deleted(self.place, step, committed))
+    self._forget(keys, step, rules)
+
+    def note(connection: Connection, _: int) -> None:
+      for name, value in (("committed", step), ("finished", 0)):
+        connection.execute(NUMBERS.update().where(NUMBERS.c.name == name).values(value=value))
+
+    self._database.write(note)
+    self.commit(step, rules)
+    self._ring()
+
+
+def _group_row(group: Group, rules: Rules) -> dict[str, object]:
+  return {
+    "batch": group.key[0],
+    "task": group.key[1],
+    "status": group.status,
+    "size": len(group.experiences),
+    "pending": group.pending,
+    "version": group.version,
+    "newest": min(group.newest, NEVER),
+    "priority": rules.priority(group.key, group.version, 0),
+    "uses": 0,
+    "free_at": 0,
+    "ended_at": None,
+    "payload": True,
+    "digest": group.digest,
+  }
+
+
+def _experience_row(experience: Experience) -> dict[str, object]:
+  id = experience.id
+  return {
+    "batch": id.batch, "task": id.task, "run": id.run, "step": id.step,
+    "data": experience.to_bytes(),
+  }  # fmt: skip

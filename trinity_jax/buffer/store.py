@@ -1,0 +1,64 @@
+"""Opens the store that a URL names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from trinity_jax.buffer.bell import FileBell
+from trinity_jax.buffer.record import Store
+from trinity_jax.buffer.storage_memory import MemoryStore
+from trinity_jax.errors import UserError
+
+
+def open_store(
+  url: str,
+  directory: str | Path,
+  *,
+  durability: Literal["process", "power"] = "process",
+  patience: float = 60.0,
+  namespace: str = "trinity",
+) -> Store:
+  """The groups, uses and claims of one run.
+
+  Args:
+    url: "memory"; "sqlite", which is directory/buffer.sqlite; "sqlite:///path";
+      "postgresql://user@host/database".
+    durability: SQLite: "process" survives the kill of every process, "power" a power cut too (each
+      transaction is synced to the disk).
+    patience: seconds to try again when the database is cut off or locked.
+    namespace: PostgreSQL schema that holds the tables: runs (and stages) of one database need one
+      each.
+
+  Raises:
+    UserError: another kind of URL, a store of a newer schema, a file that is no database, or a
+      package that is missing.
+    RunFailed: the database could not be reached.
+  """
+  if durability not in ("process", "power"):
+    raise UserError(f"buffer durability {durability!r}: expected process or power")
+  if url == "memory":
+    return MemoryStore()
+  kind, _, rest = url.partition("://")
+  kind = kind.partition("+")[0]
+  if kind not in ("sqlite", "postgresql") or (kind == "postgresql" and not rest):
+    raise UserError(
+      f"buffer store {url!r}: expected memory, sqlite, sqlite:///PATH or postgresql://USER@HOST/NAME"
+    )
+  try:
+    from trinity_jax.buffer import database
+    from trinity_jax.buffer.storage_sql import SqlStore
+  except ModuleNotFoundError as e:
+    raise UserError(f"buffer store {url!r}: {e.name} is not installed; pip install {e.name}") from e
+  if kind == "postgresql":
+    from trinity_jax.buffer.storage_postgres import open_postgres
+
+    return open_postgres(url, patience=patience, namespace=namespace)
+  path = Path(rest.removeprefix("/")) if rest else Path(directory) / "buffer.sqlite"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  return SqlStore(
+    database.Database(
+      database.sqlite_url(path), str(path), durability=durability, patience=patience
+    ),
+    FileBell(path.with_name(path.name + ".bell")),
+  )
