@@ -38,9 +38,23 @@ class SqlClaims:
   def _ring(self) -> None:
     self.bell.ring()
 
-  def _write_and_ring(self, function: Callable[[sa.Connection, int], T]) -> T:
-    out = self._database.write(function)
-    self._ring()
+  def _tell(self, connection: sa.Connection) -> None:
+    """Within a transaction: what makes its commit ring elsewhere, where a database can do that."""
+
+  def _write_and_ring(
+    self,
+    function: Callable[[sa.Connection, int], T],
+    changed: Callable[[T], bool] = lambda out: True,
+  ) -> T:
+    def write(connection: sa.Connection, attempt: int) -> T:
+      out = function(connection, attempt)
+      if changed(out):
+        self._tell(connection)
+      return out
+
+    out = self._database.write(write)
+    if changed(out):
+      self._ring()
     return out
 
   def _now(self, connection: sa.Connection) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
@@ -58,8 +59,8 @@ class Database:
       )
     else:
       self.engine = sa.create_engine(url, connect_args={"timeout": BUSY})
-      sa.event.listen(self.engine, "connect", lambda c, _: _prepare_sqlite(c, durability))
-      sa.event.listen(self.engine, "begin", _begin_sqlite)
+      event.listen(self.engine, "connect", lambda c, _: _prepare_sqlite(c, durability))
+      event.listen(self.engine, "begin", _begin_sqlite)
     self._writing = threading.Lock() if not self.postgres else contextlib.nullcontext()
     self._closed = threading.Event()
 

@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError
 
 from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.buffer.database import Database
@@ -57,7 +58,7 @@ class PostgresBell(ThreadBell):
 
   def _listen(self) -> Any:
     connection = self._psycopg.connect(self._url, autocommit=True)
-    connection.execute(f'LISTEN "{self._channel}"')
+    connection.execute(f'LISTEN "{self._channel}"'.encode())
     return connection
 
   def _run(self, listener: Any) -> None:
@@ -130,7 +131,7 @@ class PostgresStore(SqlStore):
     self._notify = sa.text(f'NOTIFY "{channel}"')
     super().__init__(database, bell)
 
-  def _changed(self, connection: sa.Connection) -> None:
+  def _tell(self, connection: sa.Connection) -> None:
     connection.execute(self._notify)
 
   def _ring(self) -> None:
@@ -148,7 +149,7 @@ def open_postgres(url: str, *, patience: float, namespace: str) -> PostgresStore
   del psycopg
   try:
     parsed = sa.make_url(url).set(drivername="postgresql+psycopg")
-  except (sa.exc.ArgumentError, ValueError) as e:
+  except (ArgumentError, ValueError) as e:
     raise UserError(f"buffer store: not a PostgreSQL URL ({e})") from e
   place = f"{parsed.render_as_string(hide_password=True).replace('+psycopg', '')} ({namespace})"
   dsn = parsed.set(drivername="postgresql").render_as_string(hide_password=False)

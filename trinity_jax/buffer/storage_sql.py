@@ -75,17 +75,18 @@ class SqlStore(SqlClaims):
     payloads: dict[Key, list[dict[str, object]]] = {}
 
     def write(connection: Connection, attempt: int) -> list[Outcome | None]:
-      out, added = self._admit(connection, groups, rules)
-      if attempt:  # an attempt of ours may have stored them: to the caller that is "stored"
-        out: list[Outcome | None] = ["stored" if o == "same" else o for o in out]
+      admitted, added = self._admit(connection, groups, rules)
+      out: list[Outcome | None] = list(admitted)
+      if attempt:  # an attempt of ours may have stored them: to the caller they are "stored"
+        out = [("stored" if o == "same" else o) for o in admitted]
       for group in added:
         if group.key not in payloads:
           payloads[group.key] = [_experience_row(e) for e in group.experiences]
       self._store(connection, added, [r for g in added for r in payloads[g.key]], rules)
       return out
 
-    out = self._write_and_ring(write)
-    return out
+    # A ring for nothing would make the writer try those that have to wait for ever.
+    return self._write_and_ring(write, changed=lambda out: "stored" in out)
 
   def _admit(
     self, connection: Connection, groups: Sequence[Group], rules: Rules
@@ -194,10 +195,7 @@ class SqlStore(SqlClaims):
       self._add(connection, counts)
       return taken, bool(counts)
 
-    taken, changed = self._database.write(write)
-    if changed:
-      self._ring()
-    return taken
+    return self._write_and_ring(write, changed=lambda out: out[1])[0]
 
   def _ready(self) -> sa.Select:
     """Ready groups that nobody else is taking; column names as in GROUPS."""
@@ -310,13 +308,12 @@ class SqlStore(SqlClaims):
 
   def untake(self, keys: Sequence[Key], step: int, rules: Rules) -> None:
     self._forget(keys, step - 1, rules)
-    self._ring()
 
   def _forget(self, keys: Sequence[Key], step: int, rules: Rules) -> None:
     """Undoes the uses after `step` of these groups."""
     for i in range(0, len(keys), CHUNK):
       part = keys[i : i + CHUNK]
-      self._database.write(lambda c, _, part=part: self._forget_some(c, part, step, rules))
+      self._write_and_ring(lambda c, _, part=part: self._forget_some(c, part, step, rules))
 
   def _forget_some(
     self, connection: Connection, keys: Sequence[Key], step: int, rules: Rules
@@ -392,9 +389,8 @@ class SqlStore(SqlClaims):
       for name, value in (("committed", step), ("finished", 0)):
         connection.execute(NUMBERS.update().where(NUMBERS.c.name == name).values(value=value))
 
-    self._database.write(note)
+    self._write_and_ring(note)
     self.commit(step, rules)
-    self._ring()
 
 
 def _group_row(group: Group, rules: Rules) -> dict[str, object]:
