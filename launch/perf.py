@@ -11,6 +11,8 @@ Names:
   loss     loss and gradients over a large vocabulary (--tokens, --width, --vocabularies): the
            general operator and the fused path beside naive JAX and torch, time and temporaries,
            with nothing and with 80 % masked
+  rft      speed-up of one-step-off and fully asynchronous training over on-policy training on
+           traces of environment latencies, beside the bound that no schedule can beat
 
 Every figure is a median over repeats with the minimum beside it; compilation is reported apart. A
 ratio compares two figures of the same run. Rows of --json: name, value, unit, ratio_to, ratio.
@@ -28,6 +30,7 @@ from absl import app, flags
 from benchmark import CPU_DEVICES, Row
 from perf_decode import bench_decode
 from perf_loss import bench_loss
+from perf_rft import bench_rft
 from perf_sampler import bench_sampler
 from perf_step import bench_half, bench_step
 
@@ -39,6 +42,7 @@ COMMANDS: dict[str, Callable[[], list[Row]]] = {
   "sampler": bench_sampler,
   "decode": bench_decode,
   "loss": bench_loss,
+  "rft": bench_rft,
 }
 
 
