@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.buffer.storage_memory import MemoryStore
+from trinity_jax.buffer.store import open_store
 from trinity_jax.config import Config, taskset_config
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
@@ -105,7 +105,9 @@ def make_buffer(config: Config, schedule: Schedule, directory: Path, start: int)
   tasks = tasks_per_batch(config)
   ahead = tasks * e.group_size * (schedule.max_steps_ahead + 1)
   return ReplayBuffer(
-    MemoryStore(),
+    open_store(
+      b.url, directory, durability=b.durability, namespace=f"{b.namespace}_{config.name}"
+    ),
     capacity=b.capacity or ahead,
     order="priority" if b.priority else "id" if e.deterministic else "ready",
     tasks_per_step=tasks,

@@ -312,6 +312,15 @@ class BufferConfig:
     "Where experiences are kept: sqlite (a file in the run's folder), memory (lost with the "
     "process; its groups are sampled again), or postgresql://user@host/database.",
   )
+  durability: str = key(
+    "process",
+    "What accepted experiences survive in SQLite: the kill of every process, or a power cut too "
+    "(each transaction is synced to the disk).",
+    choices=("process", "power"),
+  )
+  namespace: str = key(
+    "trinity", "First part of the PostgreSQL schema's name: runs in one database need one each."
+  )
   max_uses: int = key(1, "How often a group may be trained on.", low=1)
   cool_down: int = key(0, "Trainer steps before a group may be used again.", low=0)
   priority: str = key(
