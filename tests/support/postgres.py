@@ -71,7 +71,7 @@ class Server:
       raise RuntimeError(f"{program}: {done.stdout}{done.stderr}")
 
   def start(self) -> None:
-    options = f"-k {self._folder} -c listen_addresses='' -c max_connections=60 -c shared_buffers=32MB"
+    options = f"-k {self._folder} -c listen_addresses='' -c max_connections=60"
     # Its log goes to a file: it would keep a pipe open for as long as it runs.
     self._run("pg_ctl", "start", "-w", "-D", str(self._data), "-l", str(self._folder / "log"),
               "-o", options)  # fmt: skip

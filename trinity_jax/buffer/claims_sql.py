@@ -112,7 +112,8 @@ class SqlClaims:
       last = connection.execute(sa.select(sa.func.max(BATCHES.c.batch))).scalar_one_or_none()
       batch = max(rules.first_batch, (last or 0) + 1)
       insert = self._database.insert(BATCHES).values(batch=batch, stored=0, open=True, **values)
-      if connection.execute(insert.on_conflict_do_nothing()).rowcount:
+      insert = insert.on_conflict_do_nothing().returning(BATCHES.c.batch)
+      if connection.execute(insert).scalar_one_or_none() is not None:
         return batch
     return None
 

@@ -142,7 +142,7 @@ def describe_group(experiences: Sequence[Experience]) -> Group:
   if len({i.group for i in ids}) != 1 or len(set(ids)) != len(ids):
     raise ValueError(f"not one group of distinct experiences: {', '.join(map(str, ids))}")
   return Group(
-    ids[0].group,
+    (int(ids[0].batch), int(ids[0].task)),
     found,
     digest(found),
     sum(map(awaits_reward, found)),

@@ -412,7 +412,7 @@ def _group_row(group: Group, rules: Rules) -> dict[str, object]:
 
 
 def _experience_row(experience: Experience) -> dict[str, object]:
-  id = experience.id
+  id = ExperienceId(*map(int, experience.id))  # databases know no numpy numbers
   return {
     "batch": id.batch, "task": id.task, "run": id.run, "step": id.step,
     "data": experience.to_bytes(),
