@@ -140,18 +140,10 @@ class Checkpointer:
       saved = checkpointer.metadata(self._directory / str(step) / "state")
     tree = saved.item_metadata if hasattr(saved, "item_metadata") else saved
     tree = getattr(tree, "tree", tree)
-    have = {_name(p): tuple(m.shape) for p, m in jax.tree_util.tree_leaves_with_path(tree)}
-    want = {_name(p): tuple(a.shape) for p, a in jax.tree_util.tree_leaves_with_path(abstract)}
-    wrong = [
-      f"{k}: {have.get(k, 'missing')} in the checkpoint, {want.get(k, 'not wanted')} in the run"
-      for k in sorted(have.keys() | want.keys())
-      if have.get(k) != want.get(k)
-    ]
-    if wrong:
+    if wrong := _differences(tree, abstract):
       raise UserError(
         f"checkpoint {self._directory / str(step)} does not fit this run's model or optimizer: "
-        f"{'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; "
-        "use the config it was made with or another --workdir"
+        f"{wrong}; use the config it was made with or another --workdir"
       )
 
   def close(self) -> None:
@@ -165,14 +157,14 @@ def saved_steps(directory: Path) -> list[int]:
   return sorted(int(p.name) for p in Path(directory).iterdir() if p.name.isdigit())
 
 
-def restore_params(directory: Path, step: int, shardings: Any, dtype: Any) -> Any:
-  """The parameters of checkpoint `step` alone, cast to `dtype`; nothing else of it is read.
+def restore_params(directory: Path, step: int, like: Any) -> Any:
+  """The parameters of checkpoint `step` alone; nothing else of it is read.
 
   Args:
-    shardings: pytree of NamedSharding that mirrors the parameters.
+    like: pytree of ShapeDtypeStruct with the shardings and the dtype wanted.
 
   Raises:
-    UserError: the checkpoint is of another model.
+    UserError: the checkpoint is of another model (names the first leaves that differ).
   """
   import orbax.checkpoint as ocp
   from etils import epath
@@ -181,27 +173,27 @@ def restore_params(directory: Path, step: int, shardings: Any, dtype: Any) -> An
   handler = ocp.PyTreeCheckpointHandler()
   try:
     saved = handler.metadata(path)
-    saved = getattr(saved, "tree", saved)["params"]
-    like, found = jax.tree.structure(shardings), jax.tree.structure(saved)
-    if like != found:
-      raise UserError(f"checkpoint {path.parent}: it holds {found}, the model has {like}")
-    for where, leaf, sharding in zip(
-      jax.tree_util.tree_leaves_with_path(saved), jax.tree.leaves(saved), jax.tree.leaves(shardings)
-    ):
-      try:
-        sharding.shard_shape(tuple(leaf.shape))
-      except ValueError as e:
-        raise UserError(f"checkpoint {path.parent}: {_name(where[0])}: {e}") from e
-    item = {
-      "params": jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), saved, shardings
-      )
-    }
-    how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+    if wrong := _differences(getattr(saved, "tree", saved)["params"], like):
+      raise UserError(f"checkpoint {path.parent} does not fit the model: {wrong}")
+    how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), like)
+    args = ocp.args.PyTreeRestore(
+      item={"params": like}, restore_args={"params": how}, partial_restore=True
+    )
     return handler.restore(path, args=args)["params"]
   finally:
     handler.close()
+
+
+def _differences(saved: Any, wanted: Any) -> str:
+  """The first leaves whose shapes differ or that only one side has; "" when there are none."""
+  have = {_name(p): tuple(m.shape) for p, m in jax.tree_util.tree_leaves_with_path(saved)}
+  want = {_name(p): tuple(a.shape) for p, a in jax.tree_util.tree_leaves_with_path(wanted)}
+  wrong = [
+    f"{k}: {have.get(k, 'missing')} in the checkpoint, {want.get(k, 'not wanted')} in the run"
+    for k in sorted(have.keys() | want.keys())
+    if have.get(k) != want.get(k)
+  ]
+  return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
 def _name(path) -> str:
