@@ -213,6 +213,23 @@ def test_a_bench_that_was_stopped_goes_on(tmp_path, workdir, engines, monkeypatc
   assert len(engines[1].given) == 1
 
 
+def test_a_checkpoint_that_the_run_deletes_meanwhile(tmp_path, workdir, engines, monkeypatch):
+  load = bench_lib._Bench._load
+
+  def late(self, one, layout):
+    if one.name == "2":
+      shutil.rmtree(one.path)
+    return load(self, one, layout)
+
+  monkeypatch.setattr(bench_lib._Bench, "_load", late)
+  results, lines = quiet(config_of(tmp_path), workdir)
+  assert names(results) == [("4", "sums"), ("hf", "sums")]
+  assert lines[0] == "tiny 2: deleted meanwhile, not evaluated"
+  (workdir / "checkpoints" / "4" / "state" / "manifest.ocdbt").unlink()
+  with pytest.raises(Exception, match="(?i)ocdbt|manifest|not.found"):  # damaged: not skipped
+    quiet(config_of(tmp_path), workdir)
+
+
 def test_stages_each_with_their_own_sets(tmp_path, workdir, engines, model):
   config = config_of(tmp_path)
   config.stages = ({"name": "sft", "eval.tasksets": ()}, {"name": "rl"}, {"name": "more"})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import json
+import os
 import threading
 
 import jax
@@ -250,6 +252,10 @@ def test_what_was_not_finished_is_not_seen_and_is_cleaned_away(tmp_path):
   assert_equal(read(reader(tmp_path), 2)[1], host(2.5))
 
 
+def no_room(path, data):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_full_disk_names_the_folder_and_the_old_snapshot_stays(tmp_path):
   """The limit on a file's size is the kernel's own refusal to write on."""
   import resource
@@ -269,6 +275,10 @@ def test_a_full_disk_names_the_folder_and_the_old_snapshot_stays(tmp_path):
     signal.signal(signal.SIGXFSZ, handler)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["0-0", "manifest.json"]
   assert_equal(read(reader(tmp_path))[1], host())
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(RunFailed, match="No space left"):
+    patch.setattr(snapshots, "write_atomic", no_room)  # for the manifest alone
+    publisher.publish(1, large)
+  assert read(reader(tmp_path))[0] == 0
   assert publisher.publish(1, large).order == (0, 1)  # when there is room again
 
 

@@ -129,15 +129,15 @@ def _model_path(config: Config, workdir: Path) -> Path:
 
 def weights_of(directory: Path) -> list[Weights]:
   """A stage's checkpoints, rising, and its Hugging Face folder."""
-  steps = saved_steps(directory / "checkpoints")
-  out = [
-    Weights(
-      str(step), step, directory / "checkpoints", _stamp(directory / "checkpoints" / str(step))
-    )
-    for step in steps
-  ]
+  folders = [(step, directory / "checkpoints" / str(step))
+             for step in saved_steps(directory / "checkpoints")]  # fmt: skip
+  newest = max((step for step, _ in folders), default=0)
   if (directory / HF / "config.json").is_file():
-    out.append(Weights(HF, max(steps, default=0), directory / HF, _stamp(directory / HF)))
+    folders.append((newest, directory / HF))
+  out = []
+  for step, path in folders:
+    with contextlib.suppress(FileNotFoundError):  # the run goes on and has deleted it
+      out.append(Weights(path.name, step, path, _stamp(path)))
   return out
 
 
@@ -228,7 +228,13 @@ class _Bench:
 
   def _evaluate(self, one: Weights, todo: Sequence[int]) -> None:
     engine, groups, layout = self._start()
-    params = self._load(one, layout)
+    try:
+      params = self._load(one, layout)
+    except Exception:
+      if one.path.exists():
+        raise
+      self._report(f"{self.config.name} {one.name}: deleted meanwhile, not evaluated")
+      return
     digest = hashlib.sha256(json.dumps(checksums(params)).encode()).hexdigest()[:16]
     given = False
     for i in todo:
@@ -256,7 +262,7 @@ class _Bench:
       params_lib.abstract(self.model),
       layout,
     )
-    return restore_params(one.path, one.step, like)
+    return restore_params(one.path.parent, one.step, like)
 
   def _measure(self, groups: Groups, one: Weights, i: int) -> dict[str, Any]:
     c, (own, tasks, grade) = self.config, self._held_out[i]

@@ -70,8 +70,12 @@ class Manifest:
     """(lineage, version): what may only go up."""
     return self.lineage, self.version
 
+  def encode(self) -> bytes:
+    return json.dumps(dataclasses.asdict(self)).encode()
+
   def write(self, directory: Path) -> None:
-    write_atomic(directory / MANIFEST, json.dumps(dataclasses.asdict(self)).encode())
+    """Replaces the directory's manifest by this one."""
+    write_atomic(directory / MANIFEST, self.encode())
 
 
 class SnapshotGone(Exception):
@@ -145,7 +149,8 @@ def write(directory: Path, manifest: Manifest, params: Any) -> None:
   try:
     part.mkdir()
     _write_tensors(part / _WEIGHTS, params)
-    manifest.write(part)
+    (part / MANIFEST).write_bytes(manifest.encode())
+    delete(directory, manifest.path)  # complete, but there was no room for the manifest then
     part.rename(directory / manifest.path)
   except BaseException:  # leaves no part, then goes on up
     shutil.rmtree(part, ignore_errors=True)
