@@ -13,6 +13,8 @@ Names:
            with nothing and with 80 % masked
   rft      speed-up of one-step-off and fully asynchronous training over on-policy training on
            traces of environment latencies, beside the bound that no schedule can beat
+  buffer   the replay buffer in SQLite and PostgreSQL: experiences of 4096 tokens a second in and
+           out, and how put and sample grow up to --held experiences
 
 Every figure is a median over repeats with the minimum beside it; compilation is reported apart. A
 ratio compares two figures of the same run. Rows of --json: name, value, unit, ratio_to, ratio.
@@ -28,6 +30,7 @@ from pathlib import Path
 
 from absl import app, flags
 from benchmark import CPU_DEVICES, Row
+from perf_buffer import bench_buffer
 from perf_decode import bench_decode
 from perf_loss import bench_loss
 from perf_rft import bench_rft
@@ -42,6 +45,7 @@ COMMANDS: dict[str, Callable[[], list[Row]]] = {
   "sampler": bench_sampler,
   "decode": bench_decode,
   "loss": bench_loss,
+  "buffer": bench_buffer,
   "rft": bench_rft,
 }
 

@@ -92,14 +92,14 @@ class ReplayBuffer:
         raise UserError(f"replay {name} = {value}: expected at least {least}")
     self.store = store
     self.bell = bell or store.bell
-    self._rules = Rules(
+    self.rules = Rules(
       capacity, order, tasks_per_step, max_staleness, max_uses, cool_down,
       first_batch=first_batch, keep=keep,
       **({"priority": make_priority(priority or "linear_decay", seed, priority_args or {})}
          if order == "priority" else {}),
     )  # fmt: skip
     self._closed: BaseException | None = None
-    self._writer = Writer(lambda groups: store.put(groups, self._rules), self.bell)
+    self._writer = Writer(lambda groups: store.put(groups, self.rules), self.bell)
 
   def __len__(self) -> int:
     """Experiences that are ready and not used."""
@@ -136,7 +136,7 @@ class ReplayBuffer:
     Raises:
       UserError: the experience is not held, waits for nothing, or has another reward.
     """
-    self.store.give_reward(id, reward, self._rules)
+    self.store.give_reward(id, reward, self.rules)
 
   def claim(self, owner: str, lease: float, *, new: bool = True) -> Claim | None:
     """An explorer step for `owner` to run within `lease` seconds (see `heartbeat`).
@@ -150,7 +150,7 @@ class ReplayBuffer:
       The step and its tasks that are not stored; None when the trainer has finished (or, without
       `new`, nothing is abandoned).
     """
-    return self.store.claim(owner, lease, self._rules, new)
+    return self.store.claim(owner, lease, self.rules, new)
 
   def heartbeat(self, owner: str, lease: float) -> None:
     """Extends the owner's claims to `lease` seconds from now."""
@@ -192,7 +192,7 @@ class ReplayBuffer:
     try:
       while True:
         seen = self.bell.count
-        new = self.store.take(groups - len(taken), step, self._rules)
+        new = self.store.take(groups - len(taken), step, self.rules)
         taken += new
         found |= zip(new, self.store.load(new))
         if len(taken) >= groups:
@@ -205,11 +205,11 @@ class ReplayBuffer:
         self.bell.wait(seen, left)
     except BaseException:
       if taken:
-        self.store.untake(taken, step, self._rules)
+        self.store.untake(taken, step, self.rules)
       raise
 
   def _masked(self, found: dict[Key, list[Experience]], step: int) -> list[Experience]:
-    oldest = self._rules.oldest(step)
+    oldest = self.rules.oldest(step)
     out: list[Experience] = []
     counts: dict[Key, int] = {}
     for key in sorted(found):
@@ -224,10 +224,10 @@ class ReplayBuffer:
   def _missing(self, groups: int, have: int, deadline: float, describe: Callable[[], str]) -> str:
     stats = self.store.stats()
     what = (
-      f"group {self.store.due(self._rules)} (explorer step, task) is missing"
-      if self._rules.order == "id"
-      else f"none more may be used (max_uses {self._rules.max_uses}, cool_down "
-      f"{self._rules.cool_down})"
+      f"group {self.store.due(self.rules)} (explorer step, task) is missing"
+      if self.rules.order == "id"
+      else f"none more may be used (max_uses {self.rules.max_uses}, cool_down "
+      f"{self.rules.cool_down})"
     )
     late = f", {stats.waiting} wait for a reward" if stats.waiting else ""
     return (
@@ -241,7 +241,7 @@ class ReplayBuffer:
     The experiences of groups that are used up are deleted (not with `keep`); their ids, uses and
     digests stay.
     """
-    self.store.commit(step, self._rules)
+    self.store.commit(step, self.rules)
 
   def restore(self, step: int) -> None:
     """The run goes on from the checkpoint of `step` (0: from the start): later uses are forgotten.
@@ -249,7 +249,7 @@ class ReplayBuffer:
     Raises:
       UserError: a later checkpoint was committed and what it used is deleted.
     """
-    self.store.restore(step, self._rules)
+    self.store.restore(step, self.rules)
 
   def finish(self) -> None:
     """The trainer is done: `claim` returns None from now on, in every process."""
@@ -279,7 +279,7 @@ class ReplayBuffer:
     return {
       "ready": now.ready,
       "waiting": now.waiting,
-      "claimed": self.store.claimed(self._rules),
+      "claimed": self.store.claimed(self.rules),
       "used": now.used,
       "dropped": now.dropped,
       "experiences": now.fresh,

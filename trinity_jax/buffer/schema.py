@@ -87,6 +87,11 @@ COUNTS = ("ready", "waiting", "used", "dropped", "fresh", "masked")
 
 def _create(connection: sa.Connection) -> None:
   METADATA.create_all(connection)
+  if connection.dialect.name == "postgresql":  # token logs hardly compress, and trying costs most
+    schema = (connection.get_execution_options().get("schema_translate_map") or {}).get(None)
+    quote = connection.dialect.identifier_preparer.quote
+    table = f"{quote(schema)}.{EXPERIENCES.name}" if schema else EXPERIENCES.name
+    connection.execute(sa.text(f"ALTER TABLE {table} ALTER COLUMN data SET STORAGE EXTERNAL"))
   rows = [{"name": n, "value": 0} for n in ("schema", "finished", "committed", *COUNTS)]
   connection.execute(NUMBERS.insert(), rows)
 
