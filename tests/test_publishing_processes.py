@@ -78,8 +78,10 @@ def test_another_process_reads_what_this_one_publishes(tmp_path):
     for version in range(4):
       publisher.publish(version, params(version + 0.5))
       assert child.stdout.readline() == f"{version} {version + 0.5} {version + 0.5}\n"
-    publisher.finish()
-    assert "version 4 will not come: the trainer has finished" in child.stdout.readline()
+    # Killed and resumed from an older checkpoint: the other process is told so while it waits.
+    SnapshotPublisher(tmp_path, keep=1, bell=bell).publish(2, params(2))
+    said = child.stdout.readline()
+    assert said.startswith("LineageChanged") and "version 3 of lineage 0, and now version 2" in said
     assert child.wait(WAIT) == 0
   finally:
     watchdog.cancel()
