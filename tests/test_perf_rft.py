@@ -32,7 +32,7 @@ def test_one_cell(tmp_path):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert "| bimodal-4, 0.5 | one-step-off | " in done.stdout
-  for schedule in ("on_policy", "one_step_off", "fully_async"):
+  for schedule in ("on_policy", "one_step_off_exact", "one_step_off", "fully_async"):
     value = lambda what, s=schedule: rows[f"bimodal-4/0.5/{s}/{what}"]["value"]
     assert value("time") >= value("bound") * 0.999  # sleeps end late, never early
     assert value("trainer_idle") >= value("bound_trainer_idle") - 0.1
@@ -55,7 +55,8 @@ def test_asynchrony_pays_as_much_as_it_can(tmp_path, trace, train):
   done, rows = perf(tmp_path, f"--traces={trace}", f"--trains={train}", "--unit=0.15")
   assert done.returncode == 0, done.stderr
   value = lambda schedule, what: rows[f"{trace}/{train}/{schedule}/{what}"]["value"]
-  ours, best = value("fully_async", "speed_up"), value("fully_async", "bound_speed_up")
-  assert ours >= 0.9 * best > 2
-  assert value("fully_async", "trainer_idle") <= value("fully_async", "bound_trainer_idle") + 5
-  assert value("one_step_off", "speed_up") >= 0.97
+  for schedule in ("one_step_off", "fully_async"):
+    ours, best = value(schedule, "speed_up"), value(schedule, "bound_speed_up")
+    assert ours >= 0.9 * best > 1.8
+    assert value(schedule, "trainer_idle") <= value(schedule, "bound_trainer_idle") + 5
+  assert value("one_step_off_exact", "speed_up") >= 0.97
