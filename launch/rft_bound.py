@@ -12,7 +12,7 @@ taking weights and generating cost nothing.
   in any order  step t trains any finished groups; stragglers are carried over. Weights are taken in
                 the middle of rollouts, so a group's last token is as new as its end, and trained
                 oldest first it is never older than S; a straggler's first tokens may be, and do
-                not count (`masked`).
+                not count (`Bound.masked`).
 
 Nothing that keeps to this can be faster, and doing everything as soon as it may be done reaches
 it: earlier starts make earlier ends, of groups, hence of steps, hence of versions, hence again of
@@ -55,17 +55,19 @@ class Bound:
     """Share of the time in which the trainer waits."""
     return 1 - len(self.steps) * self.train / self.seconds
 
-  @property
-  def masked(self) -> float:
-    """Share of the trained groups' rollout time spent on tokens that are too old when trained."""
-    late = total = 0.0
+  def masked(self, turns: int) -> float:
+    """Share of tokens that are too old when trained, if a group writes one at each of its turns.
+
+    Args:
+      turns: of a group, at equal distances; the last is its end.
+    """
+    late = 0
     for step, groups in enumerate(self.taken, 1):
       oldest = step - 1 - self.staleness
       since = self.steps[oldest - 1] if oldest > 0 else 0.0
-      for i in groups:
-        late += min(self.ends[i], max(self.starts[i], since)) - self.starts[i]
-        total += self.ends[i] - self.starts[i]
-    return late / total if total else 0.0
+      for start, end in ((self.starts[i], self.ends[i]) for i in groups):
+        late += sum(start + (end - start) * k / turns < since for k in range(1, turns + 1))
+    return late / (turns * sum(map(len, self.taken)))
 
   @property
   def lag(self) -> float:

@@ -85,7 +85,7 @@ def test_by_hand():
   sync = bound(trace, 2, 3, 0, in_order=True)
   assert sync.steps == [5, 8, 12] and sync.trainer_idle == 0.5 and sync.lag == 0
   ahead = bound(trace, 2, 3, 1, in_order=True)
-  assert ahead.steps == [5, 7, 9] and ahead.masked == 0
+  assert ahead.steps == [5, 7, 9] and ahead.masked(4) == 0
   # 0, 2 and 3 have ended after a second; the straggler of three seconds comes along later.
   free = bound(trace, 2, 3, 1, in_order=False)
   assert free.taken == [[0, 2], [1, 3], [4, 5]] and free.steps == [3, 5, 7]
@@ -93,13 +93,13 @@ def test_by_hand():
 
 
 def test_tokens_that_are_too_old_are_counted():
-  """A group of ten seconds is trained by step 4: what it did before version 2 does not count."""
-  trace = [[10.0, 1.0], *[[1.0, 1.0]] * 9]
-  found = bound(trace, 1, 6, 1, in_order=False)
+  """Step 5 trains a group of nine seconds, with tokens after 3, 6 and 9: version 3 came after 6."""
+  trace = [[9.0, 1.0], *[[1.0, 1.0]] * 12]
+  found = bound(trace, 1, 10, 1, in_order=False)
   step = next(t for t, groups in enumerate(found.taken, 1) if 0 in groups)
-  since = found.steps[step - 3]
-  total = sum(found.ends[i] - found.starts[i] for groups in found.taken for i in groups)
-  assert found.masked == pytest.approx(since / total) and found.masked > 0.1
+  assert (step, found.steps[2]) == (5, 6.0)
+  assert found.masked(3) == pytest.approx(1 / (10 * 2 * 3))
+  assert found.masked(1) == bound(trace, 1, 10, 1, in_order=True).masked(3) == 0
 
 
 @pytest.mark.parametrize("name", BATCHES)
