@@ -110,7 +110,7 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
     taskset=build.training_taskset(config, algorithm),
     span=timeline.span,
     on_eval=on_eval,
-    evaluated=_Shared(directory / "evaluated", config.explorer.name, done),
+    evaluated=_Shared(directory / "evaluated", config, done),
   )
   engine.start()
   progress.message(f"explorer {config.explorer.name}: ready")
@@ -150,16 +150,19 @@ def _wait_for_start(config: Config, directory: Path, bell: ThreadBell) -> Path:
 
 
 class _Shared:
-  """Versions that some explorer evaluates: whoever asks for one first has it."""
+  """Versions that another explorer evaluates: who asks first has one in each eval.interval."""
 
-  def __init__(self, directory: Path, name: str, done: set[int]):
+  def __init__(self, directory: Path, config: Config, done: set[int]):
     directory.mkdir(parents=True, exist_ok=True)
-    self._directory, self._name, self._done = directory, name, done
+    self._directory, self._name, self._done = directory, config.explorer.name, done
+    self._every, self._last = config.eval.interval or 1, config.trainer.total_steps
 
   def __contains__(self, version: object) -> bool:
     if version in self._done:
       return True
-    file = self._directory / str(version)
+    assert isinstance(version, int)
+    period = "last" if version == self._last else str(version // self._every)
+    file = self._directory / period
     try:
       with os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w") as f:
         f.write(self._name)
