@@ -122,6 +122,8 @@ def clean(directory: Path, newest: Manifest | None) -> None:
   """Deletes what a writer that was killed has left: parts, and what no manifest came to name."""
   for part in directory.glob(f"*{_PART}"):
     shutil.rmtree(part)
+  for part in directory.glob(f".{MANIFEST}.*"):  # of files.write_atomic
+    part.unlink()
   for order in kept(directory):
     if newest is None or order > newest.order:
       delete(directory, folder(*order))
