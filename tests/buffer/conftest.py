@@ -56,3 +56,4 @@ def _place(request, tmp_path):
 # The same tests over every store, and over those that processes can share.
 place = pytest.fixture(params=["memory", "sqlite", "postgresql"])(_place)
 shared = pytest.fixture(params=["sqlite", "postgresql"])(_place)
+sqlite = pytest.fixture(params=["sqlite"])(_place)
