@@ -165,6 +165,11 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
     return
   if not own["workdir"].value:
     raise UserError("--workdir is missing: name the folder the run writes to")
+  if config.mode == "bench":
+    from trinity_jax.bench import bench
+
+    bench(config, own["workdir"].value)
+    return
   from trinity_jax.run import run
 
   run(config, own["workdir"].value)

@@ -118,6 +118,7 @@ def make_buffer(config: Config, schedule: Schedule, directory: Path, start: int)
     priority_args=b.priority_args,
     seed=config.seed,
     first_batch=start + 1,
+    keep=b.keep,
   )
 
 
@@ -373,6 +374,11 @@ def check_lag(config: Config, algorithm: Algorithm) -> None:
     UserError: keys of the config that do not go with the algorithm.
   """
   lag = make_schedule(config.sync).max_lag
+  if config.buffer.replay and not (algorithm.supervised or algorithm.uses_ratio or algorithm.stale):
+    raise UserError(
+      f"config.buffer.replay: other policies sampled it, but algorithm {algorithm.name!r} neither "
+      "clips nor corrects the ratio; use policy_loss='ppo', or algorithm.correction='token_tis'"
+    )
   knows = algorithm.uses_ratio or algorithm.stale or config.sync.allow_uncorrected
   if lag and not algorithm.supervised and not knows:
     raise UserError(

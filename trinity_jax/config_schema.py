@@ -321,6 +321,12 @@ class BufferConfig:
   namespace: str = key(
     "trinity", "First part of the PostgreSQL schema's name: runs in one database need one each."
   )
+  keep: bool = key(
+    False, "Keep what has been trained on, so that the run can be replayed (buffer.replay)."
+  )
+  replay: str = key(
+    "", "Folder of a recorded run's stage: train on its experiences in their order, sample nothing."
+  )
   max_uses: int = key(1, "How often a group may be trained on.", low=1)
   cool_down: int = key(0, "Trainer steps before a group may be used again.", low=0)
   priority: str = key(

@@ -91,7 +91,8 @@ def explore(config: Config, workdir: Path) -> dict[str, Any]:
   with preemption.on_signals(), Progress(config.monitor.progress, title=title) as shown:
     for stage in stage_configs(config):
       directory = stage_directory(config, workdir.absolute(), stage)
-      if not find_row(stage.algorithm.name).supervised and not (directory / "stage.json").exists():
+      alone = find_row(stage.algorithm.name).supervised or stage.buffer.replay
+      if not alone and not (directory / "stage.json").exists():
         explore_stage(stage, directory, timeline, shown, preemption)
   return {}
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from trinity_jax.buffer.recorded import Recorded
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Experience
@@ -176,12 +178,8 @@ class Rollouts(Source):
     return new
 
 
-class Demonstrations(Source):
-  """Experiences read from the taskset's demonstrations; the explorer only evaluates."""
-
-  def __init__(self, *args, **kwargs):
-    super().__init__(*args, **kwargs)
-    self._step = self.stage.start
+class Offline(Source):
+  """Experiences that are there before the run; the explorer only evaluates."""
 
   def explore(self) -> Coroutine[Any, Any, None]:
     c, start = self.stage.config, self.stage.start
@@ -193,13 +191,49 @@ class Demonstrations(Source):
   def sample(self) -> list[Experience]:
     if self._error is not None:
       raise self._error
-    self._step += 1
+    return self.read(self.stage.trainer.step_number + 1)
+
+  def read(self, step: int) -> list[Experience]:
+    """The experiences of a step."""
+    raise NotImplementedError
+
+
+class Demonstrations(Offline):
+  """Read from the taskset: demonstrations, plain texts or preference pairs."""
+
+  def read(self, step: int) -> list[Experience]:
     stage = self.stage
-    tasks = stage.taskset.next_batch(stage.tasks_per_step)
-    return stage.given(stage.algorithm.data, tasks, self._step)
+    return stage.given(
+      stage.algorithm.data, stage.taskset.next_batch(stage.tasks_per_step), step
+    )
 
   def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
     return reduce_metrics([e.metrics for e in experiences])
+
+
+class Recording(Offline):
+  """Groups of another run's buffer, in its order, over and over."""
+
+  def __init__(self, *args, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._recorded = Recorded(self.stage.config.buffer.replay)
+
+  def read(self, step: int) -> list[Experience]:
+    count = self.stage.config.explorer.batch_size
+    found = self._recorded.groups((step - 1) * count, count)
+    # Ids are of this run: one that was read before in this step would be another group.
+    return [
+      dataclasses.replace(e, id=e.id._replace(batch=step, task=i))
+      for i, group in enumerate(found)
+      for e in group
+    ]
+
+  def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+    return rollout_metrics(experiences, self.stage.config.explorer.group_size)
+
+  def close(self) -> None:
+    super().close()
+    self._recorded.close()
 
 
 def sampler_metrics(new: Mapping[str, float]) -> dict[str, float]:

@@ -37,7 +37,7 @@ from trinity_jax.preemption import Preempted, Preemption
 from trinity_jax.probe import make_probe
 from trinity_jax.publishing import SnapshotPublisher
 from trinity_jax.schedule import make_schedule
-from trinity_jax.source import Demonstrations, Rollouts, Source
+from trinity_jax.source import Demonstrations, Recording, Rollouts, Source
 from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.demonstrations import given
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
@@ -98,7 +98,7 @@ class Stage:
     rollout_dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
     self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
     self.buffer, self.publisher = None, None
-    if not self.algorithm.supervised:
+    if not self.offline:
       saved = self.checkpoints.latest_step() or 0
       self.buffer = build.make_buffer(config, self.schedule, directory, saved)
     self.bell = self.buffer.bell if self.buffer is not None else ThreadBell()
@@ -143,6 +143,11 @@ class Stage:
     }
     for version, score in self._evaluated.items():
       self.checkpoints.offer_best(version, score)  # a kill may have come in between
+
+  @property
+  def offline(self) -> bool:
+    """Whether all it trains on is there before it begins."""
+    return self.algorithm.supervised or bool(self.config.buffer.replay)
 
   @property
   def start(self) -> int:
@@ -269,7 +274,7 @@ class Stage:
   def _publishes(self, step: int) -> bool:
     if step == self.config.trainer.total_steps:
       return True
-    if self.algorithm.supervised:  # only evaluation looks
+    if self.offline:  # only evaluation looks
       return bool(self.config.eval.interval) and step % self.config.eval.interval == 0
     return self.schedule.publishes(step, self.synchronizer.take_request())
 
@@ -360,15 +365,17 @@ class Stage:
   def _source(self) -> Iterator[Source]:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     c = self.config
-    kind = Demonstrations if self.algorithm.supervised else Rollouts
-    alone = c.mode == "train" and self.buffer is not None  # explorers have processes of their own
-    if alone or (self.algorithm.supervised and not c.eval.tasksets):
+    kind = Demonstrations if self.algorithm.supervised else Recording if self.offline else Rollouts
+    alone = c.mode == "train" and not self.offline  # explorers have processes of their own
+    if alone or (self.offline and not c.eval.tasksets):
       source = kind(self, buffer=self.buffer)
       try:
         yield source
       except BaseException as error:
         source.fail(error)
         raise
+      finally:
+        source.close()
       return
     engine = build.make_engine(
       c, self.model, self.meshes, self.launch, self.timeline.span, self.model_path

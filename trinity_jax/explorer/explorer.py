@@ -90,6 +90,7 @@ class Explorer:
     self._version = -1  # last given to the sampler, which takes it at its next dispatch
     self._asked = -1  # the version that the schedule meant, the same except after a resume
     self._in_flight: set[asyncio.Task] = set()
+    self._dropped = 0  # groups, when that was last asked for
     self._failure: BaseException | None = None
     self._changed = asyncio.Event()
     self.regenerated = {"same": 0, "different": 0}  # groups that were stored before a restart
@@ -134,23 +135,25 @@ class Explorer:
 
   async def _admit(self, claim: Claim, total: int) -> bool:
     """Waits until an explorer step may start, its weights in the sampler; False: none is needed."""
-    buffer = self._buffer
+    buffer, batch = self._buffer, claim.batch
     assert buffer is not None
-    lacking = lambda: self._lacking(claim.batch)
-    least = lambda: self._schedule.needs(claim.batch, lacking())
-    needed = lambda: claim.batch - lacking() <= total
-
-    def blame() -> str | None:
-      if not needed():  # the steps to come have their groups: there is nothing to hurry for
-        return None
-      return f"version {least()}; the trainer's newest is {self._versions.version}"
-
-    if self._schedule.asks(claim.batch) and isinstance(self._versions, Asked):
+    if self._schedule.asks(batch) and isinstance(self._versions, Asked):
       self._versions.ask()
+
+    def look() -> bool | str:
+      for fresh in (False, True):  # what is known already first: it can only become more
+        if fresh and buffer.finished:
+          return True
+        lacking = self._lacking(batch, fresh=fresh)
+        least, newest = self._schedule.needs(batch, lacking), self._versions.version
+        if batch - lacking <= total and newest >= least:
+          return True
+      if batch - lacking > total:  # the steps to come have their groups: nothing to hurry for
+        return False
+      return f"version {least}; the trainer's newest is {newest}"
+
     with self._span("wait_for_policy"):
-      await self._until(
-        lambda: buffer.finished or (needed() and self._versions.version >= least()), blame
-      )
+      await self._until(look)
     if buffer.finished:
       return False
     newest = self._versions.version
@@ -162,10 +165,12 @@ class Explorer:
     )
     return not buffer.finished
 
-  def _lacking(self, batch: int) -> int:
+  def _lacking(self, batch: int, *, fresh: bool = False) -> int:
     """Explorer steps by which `batch` comes earlier: others had surplus groups or lost some."""
     assert self._buffer is not None
-    before = (batch - 1) * self.tasks_per_batch - self._buffer.dropped
+    if fresh:
+      self._dropped = self._buffer.dropped
+    before = (batch - 1) * self.tasks_per_batch - self._dropped
     return batch - (before // self.config.explorer.batch_size + 1)
 
   @property
@@ -253,32 +258,30 @@ class Explorer:
       if failure is not None:
         raise failure
 
-  async def _until(
-    self, ready: Callable[[], bool], blame: Callable[[], str | None] = lambda: None
-  ) -> None:
-    """Waits for events until `ready`.
+  async def _until(self, look: Callable[[], bool | str]) -> None:
+    """Waits for events until `look` says True.
 
     Args:
-      blame: what is waited for and how far that is; None: others' deadlines end the wait.
+      look: else says what is waited for and how far that is, or False: others' deadlines end it.
 
     Raises:
-      RunFailed: sync.timeout has passed since `blame` last said something new.
+      RunFailed: sync.timeout has passed since `look` last said something new.
     """
-    timeout, said = self.config.sync.timeout, blame()
-    end = asyncio.get_running_loop().time() + timeout
+    timeout, clock = self.config.sync.timeout, asyncio.get_running_loop().time
+    said, end = None, 0.0
     while True:
       self._changed.clear()
       self._raise_failure()
-      if ready():
+      if (now := look()) is True:
         return
-      now = blame()
       if now != said:
-        said, end = now, asyncio.get_running_loop().time() + timeout
-      left = end - asyncio.get_running_loop().time() if said else None
+        said, end = now, clock() + timeout
+      left = end - clock() if said else None
       if left is not None and left <= 0:
         raise RunFailed(f"the explorer waited {timeout:.0f} s (sync.timeout) for {said}")
-      with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(self._changed.wait(), left)
+      with contextlib.suppress(TimeoutError):  # not wait_for: it may lose a cancellation
+        async with asyncio.timeout(left):
+          await self._changed.wait()
 
   # --- evaluation --------------------------------------------------------------------------------
 

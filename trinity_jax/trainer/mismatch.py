@@ -41,8 +41,8 @@ def mismatch(
     mixed: of mixed_tokens: no single version gives these tokens' log-probs.
 
   Returns:
-    logprob_diff/* over the other tokens whose version is among `logprobs`, k1, k3 and ESS of the implied
-    importance weights; staleness/* over all sampled tokens.
+    logprob_diff/* over the other tokens whose version is among `logprobs`, k1, k3 and ESS of the
+    implied importance weights; staleness/* over all sampled tokens.
   """
   trainer, known = np.zeros_like(batch.logprobs), np.zeros_like(batch.action_mask)
   for version, values in logprobs.items():

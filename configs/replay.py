@@ -1,0 +1,29 @@
+"""Learning from a recorded run alone: nothing is sampled but for evaluation.
+
+python launch/main.py --config=configs/quickstart.py --workdir=runs/recorded \
+  --config.buffer.keep=True
+python launch/main.py --config=configs/replay.py --workdir=runs/replay \
+  --config.model.path=runs/recorded/sft/hf --config.buffer.replay=runs/recorded/grpo
+
+The first command records the quickstart (2 minutes on 2 CPU cores), the second trains the same SFT
+checkpoint on those rollouts, which other policies have sampled: importance weights are truncated
+and the ratio clipped. Half a minute.
+"""
+
+import runpy
+from pathlib import Path
+
+QUICKSTART = Path(__file__).with_name("quickstart.py")
+
+
+def get_config():
+  c = runpy.run_path(str(QUICKSTART))["get_config"]()
+  grpo = dict(c.stages[1])
+  c.stages = ()
+  c.name = "replay"
+  c.taskset.generate_args = grpo["taskset.generate_args"]
+  for group in ("algorithm", "explorer", "trainer", "optimizer"):
+    c[group].update(grpo[group])
+  c.eval.interval = grpo["eval.interval"]
+  c.algorithm.correction = "token_tis"
+  return c
