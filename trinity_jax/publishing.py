@@ -248,7 +248,9 @@ class SnapshotReader:
     """
     future = self._future(version)
     try:
-      await asyncio.wait_for(asyncio.wrap_future(future), self._timeout)
+      # Not asyncio.wait_for, which in Python 3.11 may lose a cancellation.
+      async with asyncio.timeout(self._timeout):
+        await asyncio.wrap_future(future)
     except TimeoutError:
       raise RunFailed(
         f"the explorer waited {self._timeout:.0f} s (sync.timeout) for version {version}; the "

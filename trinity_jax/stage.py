@@ -113,7 +113,7 @@ class Stage:
     if self.buffer is not None and config.mode == "train":
       self.publisher = SnapshotPublisher(
         directory / "weights",
-        keep=2,
+        keep=build.kept_versions(self.schedule),
         bell=self.bell,
         probe=make_probe(self.model, self.launch),
         launch=self.launch,
