@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from trinity_jax.buffer.bell import ThreadBell
-from trinity_jax.buffer.fifo import Fifo
 from trinity_jax.buffer.priority import Priority, make_priority
 from trinity_jax.buffer.record import Claim, Key, Outcome, Rules, Store, describe_group
 from trinity_jax.buffer.staleness import mask_group
@@ -42,10 +41,11 @@ class ReplayBuffer:
     tasks_per_step: tasks of each explorer step.
     max_staleness: most trainer steps by which a token's version may lag; None for any.
     max_uses: trainer steps that may use a group; more than one needs order "ready" or "priority".
+      What has been used stays until it is used up or stale: with neither in sight the store grows.
     cool_down: least difference of two steps that use the same group.
     priority: name in `priority.PRIORITIES` or a function, for order "priority" only ("linear_decay"
       when None).
-    bell: rings when something changed; the store's own when None.
+    bell: takes the place of the store's own, which rings when something changed.
     seed, priority_args: of the priority.
     first_batch: explorer step that comes first where the store is empty.
     keep: never delete what has been used, so that the run can be replayed from its store.
@@ -53,10 +53,6 @@ class ReplayBuffer:
   Raises:
     UserError: arguments that contradict one another.
   """
-
-  def __new__(cls, store: Any, *args: Any, **kwargs: Any) -> Any:
-    # Callers of the buffer before this one; goes with them.
-    return Fifo(store, *args, **kwargs) if isinstance(store, int) else super().__new__(cls)
 
   def __init__(
     self,
@@ -91,7 +87,9 @@ class ReplayBuffer:
       if value < least:
         raise UserError(f"replay {name} = {value}: expected at least {least}")
     self.store = store
-    self.bell = bell or store.bell
+    if bell is not None:
+      store.bell = bell
+    self.bell = store.bell
     self.rules = Rules(
       capacity, order, tasks_per_step, max_staleness, max_uses, cool_down,
       first_batch=first_batch, keep=keep,
