@@ -235,3 +235,23 @@ def test_check_key():
   ):
     with pytest.raises(UserError, match=re.escape(expected)):
       config_keys.check_key(path)
+
+
+@pytest.mark.parametrize(
+  ("values", "expected"),
+  [
+    ({"sync.style": "fully_async"}, "config.sync.style = 'fully_async'.*explorer.deterministic"),
+    ({"explorer.over_rollout": 0.5}, "config.explorer.over_rollout = 0.5.*deterministic=False"),
+    ({"buffer.max_uses": 2}, "config.buffer.max_uses = 2.*deterministic=False"),
+    (
+      {"sync.style": "explorer_driven", "explorer.deterministic": False, "mode": "train"},
+      "explorers can ask for weights in --mode=both only",
+    ),
+  ],
+)
+def test_what_depends_on_the_clock_is_not_deterministic(values, expected):
+  c = base_config()
+  c.model.path = c.taskset.path = "unused"
+  c.update_from_flattened_dict(values)
+  with pytest.raises(UserError, match=expected):
+    resolve(c)
