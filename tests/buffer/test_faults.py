@@ -109,7 +109,7 @@ def check_counts(store):
     sizes = sa.select(sa.func.sum(GROUPS.c.size)).where(GROUPS.c.payload)
     return statuses, connection.execute(count).scalar_one(), connection.execute(sizes).scalar_one()
 
-  statuses, experiences, sizes = store._database.read(read)
+  statuses, experiences, sizes = store.database.read(read)
   stats = store.stats()
   assert [statuses[i] for i in range(4)] == [stats.ready, stats.waiting, stats.used, stats.dropped]
   assert experiences == (sizes or 0)
@@ -255,7 +255,7 @@ def test_answers_that_are_lost(shared, monkeypatch):
   from trinity_jax.experience import ExperienceId
 
   buffer = shared.buffer(tasks_per_step=1, max_staleness=1)
-  lose_answers(buffer.store._database, monkeypatch)
+  lose_answers(buffer.store.database, monkeypatch)
   assert [buffer.claim("a", 60).batch for _ in range(3)] == [1, 2, 3]
   put = lambda g: asyncio.run(buffer.put(g))
   assert put(group(1, 0, versions=(0, 5))) == "stored"

@@ -39,9 +39,9 @@ def test_durability_is_what_was_asked_for(tmp_path):
   for name, level in (("process", 1), ("power", 2)):
     store = open_store("sqlite", tmp_path / name, durability=name)
     read = lambda c: c.exec_driver_sql("PRAGMA synchronous").scalar_one()
-    assert store._database.read(read) == level
+    assert store.database.read(read) == level
     mode = lambda c: c.exec_driver_sql("PRAGMA journal_mode").scalar_one()
-    assert store._database.read(mode) == "wal"
+    assert store.database.read(mode) == "wal"
     store.close()
   with pytest.raises(UserError, match="durability 'full': expected process or power"):
     open_store("sqlite", tmp_path, durability="full")
@@ -50,7 +50,7 @@ def test_durability_is_what_was_asked_for(tmp_path):
 def test_every_selection_uses_an_index(shared):
   """No statement of put, sample, commit, restore or claim reads a whole table."""
   buffer = shared.buffer(order="priority", max_staleness=1, max_uses=2, tasks_per_step=1)
-  database = buffer.store._database
+  database = buffer.store.database
   if database.postgres:
     pytest.skip("a planner that sees small tables reads them whole")
   seen = {}
@@ -85,7 +85,7 @@ def test_a_newer_schema_is_refused(shared):
     numbers = schema.NUMBERS
     connection.execute(numbers.update().where(numbers.c.name == "schema").values(value=99))
 
-  store._database.write(newer)
+  store.database.write(newer)
   with pytest.raises(UserError, match=r"schema is version 99, .* up to 1; upgrade trinity_jax"):
     shared.open()
 
@@ -101,16 +101,16 @@ def test_an_older_schema_is_migrated(shared):
 
   steps = (*schema.MIGRATIONS, add)
   for _ in range(2):  # the second time there is nothing to do
-    store._database.write(lambda c, _: schema.migrate(c, "here", steps))
-    assert store._database.read(schema.schema_version) == 2
+    store.database.write(lambda c, _: schema.migrate(c, "here", steps))
+    assert store.database.read(schema.schema_version) == 2
   assert keys(buffer_of(store).sample(1, 1, 0)) == [(1, 0)]
 
   def fails(connection):
     add(connection)
 
   with pytest.raises(Exception, match="colour"):
-    store._database.write(lambda c, _: schema.migrate(c, "here", (*steps, fails)))
-  assert store._database.read(schema.schema_version) == 2  # all or nothing
+    store.database.write(lambda c, _: schema.migrate(c, "here", (*steps, fails)))
+  assert store.database.read(schema.schema_version) == 2  # all or nothing
 
 
 def test_processes_that_open_a_new_store_at_once(shared):

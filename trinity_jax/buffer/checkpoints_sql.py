@@ -80,8 +80,8 @@ class SqlCheckpoints(SqlClaims):
         .values(value=step)
       )
 
-    self._database.write(note)
-    while not rules.keep and self._database.write(lambda c, _: self._delete_some(c, step)):
+    self.database.write(note)
+    while not rules.keep and self.database.write(lambda c, _: self._delete_some(c, step)):
       pass
 
   def _delete_some(self, connection: Connection, step: int) -> bool:
@@ -109,7 +109,7 @@ class SqlCheckpoints(SqlClaims):
       found = [(r.batch, r.task) for r in connection.execute(keys)]
       return found, lost, self._number(connection, "committed")
 
-    keys, lost, committed = self._database.read(later)
+    keys, lost, committed = self.database.read(later)
     if lost:
       raise UserError(deleted(self.place, step, committed))
     self._forget(keys, step, rules)

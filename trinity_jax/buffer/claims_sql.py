@@ -25,15 +25,15 @@ class SqlClaims:
 
   def __init__(self, database: Database, bell: ThreadBell, clock: Callable[[], float] | None):
     self.bell = bell
-    self._database, self._clock = database, clock
+    self.database, self._clock = database, clock
 
   @property
   def place(self) -> str:
-    return self._database.place
+    return self.database.place
 
   def close(self) -> None:
     self.bell.close()
-    self._database.close()
+    self.database.close()
 
   def _ring(self) -> None:
     self.bell.ring()
@@ -52,13 +52,13 @@ class SqlClaims:
         self._tell(connection)
       return out
 
-    out = self._database.write(write)
+    out = self.database.write(write)
     if changed(out):
       self._ring()
     return out
 
   def _now(self, connection: sa.Connection) -> float:
-    return self._clock() if self._clock else self._database.now(connection)
+    return self._clock() if self._clock else self.database.now(connection)
 
   def _number(self, connection: sa.Connection, name: str, lock: bool = False) -> int:
     query = sa.select(NUMBERS.c.value).where(NUMBERS.c.name == name)
@@ -67,7 +67,7 @@ class SqlClaims:
   def _count_batches(self, connection: sa.Connection, new: Counter[int], rules: Rules) -> None:
     """Books groups that were stored: {batch: how many}."""
     for batch, count in sorted(new.items()):
-      insert = self._database.insert(BATCHES).values(
+      insert = self.database.insert(BATCHES).values(
         batch=batch, stored=count, open=count < rules.tasks_per_step, expires=0.0
       )
       total = BATCHES.c.stored + count
@@ -95,7 +95,7 @@ class SqlClaims:
       stored = self._held(connection, batch)
       return Claim(batch, tuple(t for t in range(rules.tasks_per_step) if t not in stored))
 
-    return self._database.write(write)
+    return self.database.write(write)
 
   def _claim(self, connection, owner, ticket, lease, rules: Rules, new: bool) -> int | None:
     now = self._now(connection)
@@ -103,7 +103,7 @@ class SqlClaims:
     free = sa.select(BATCHES.c.batch).where(
       BATCHES.c.open & (BATCHES.c.owner.is_(None) | (BATCHES.c.expires < now))
     )
-    free = self._database.locked(free.order_by(BATCHES.c.batch).limit(1))
+    free = self.database.locked(free.order_by(BATCHES.c.batch).limit(1))
     batch = connection.execute(free).scalar_one_or_none()
     if batch is not None:
       connection.execute(BATCHES.update().where(BATCHES.c.batch == batch).values(values))
@@ -111,7 +111,7 @@ class SqlClaims:
     while new:
       last = connection.execute(sa.select(sa.func.max(BATCHES.c.batch))).scalar_one_or_none()
       batch = max(rules.first_batch, (last or 0) + 1)
-      insert = self._database.insert(BATCHES).values(batch=batch, stored=0, open=True, **values)
+      insert = self.database.insert(BATCHES).values(batch=batch, stored=0, open=True, **values)
       insert = insert.on_conflict_do_nothing().returning(BATCHES.c.batch)
       if connection.execute(insert).scalar_one_or_none() is not None:
         return batch
@@ -125,7 +125,7 @@ class SqlClaims:
         .values(expires=self._now(connection) + lease)
       )
 
-    self._database.write(write)
+    self.database.write(write)
 
   def release(self, owner: str) -> None:
     def write(connection: sa.Connection, _: int) -> None:
@@ -135,7 +135,7 @@ class SqlClaims:
     self._write_and_ring(write)
 
   def held(self, batch: int) -> set[int]:
-    return self._database.read(lambda connection: self._held(connection, batch))
+    return self.database.read(lambda connection: self._held(connection, batch))
 
   def _held(self, connection: sa.Connection, batch: int) -> set[int]:
     return set(
@@ -151,7 +151,7 @@ class SqlClaims:
       rows = connection.execute(sa.select(BATCHES.c.stored).where(live)).scalars()
       return sum(rules.tasks_per_step - stored for stored in rows)
 
-    return self._database.read(read)
+    return self.database.read(read)
 
   def finish(self) -> None:
     self._write_and_ring(
@@ -162,4 +162,4 @@ class SqlClaims:
 
   @property
   def finished(self) -> bool:
-    return bool(self._database.read(lambda connection: self._number(connection, "finished")))
+    return bool(self.database.read(lambda connection: self._number(connection, "finished")))

@@ -35,7 +35,7 @@ class SqlStore(SqlCheckpoints):
     database.write(lambda connection, _: self._open(connection))
 
   def _open(self, connection: Connection) -> None:
-    if self._database.postgres:
+    if self.database.postgres:
       connection.execute(sa.text("SELECT pg_advisory_xact_lock(5641907235)"))  # one at a time
       schema = connection.get_execution_options()["schema_translate_map"][None]
       if schema is not None:
@@ -50,7 +50,7 @@ class SqlStore(SqlCheckpoints):
       values = {name: value for name, value in rows}
       return Stats(*(values[name] for name in COUNTS))
 
-    return self._database.read(read)
+    return self.database.read(read)
 
   # --- producers ---------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class SqlStore(SqlCheckpoints):
   # --- the trainer -------------------------------------------------------------------------------
 
   def due(self, rules: Rules) -> Key:
-    return self._database.read(lambda connection: self._due(connection, rules))
+    return self.database.read(lambda connection: self._due(connection, rules))
 
   def _due(self, connection: Connection, rules: Rules) -> Key:
     """The group after the last one, in id order, that was used up or dropped."""
@@ -182,7 +182,7 @@ class SqlStore(SqlCheckpoints):
 
   def _ready(self) -> sa.Select:
     """Ready groups that nobody else is taking; column names as in GROUPS."""
-    return self._database.locked(sa.select(GROUPS).where(GROUPS.c.status == Status.READY))
+    return self.database.locked(sa.select(GROUPS).where(GROUPS.c.status == Status.READY))
 
   def _take_in_order(self, connection, n, step, ticket, rules: Rules, counts) -> list[Key]:
     due, oldest, taken = self._due(connection, rules), rules.oldest(step), []
@@ -262,7 +262,7 @@ class SqlStore(SqlCheckpoints):
 
     if not keys:
       return []
-    return [[self._parse(id, data) for id, data in rows] for rows in self._database.read(read)]
+    return [[self._parse(id, data) for id, data in rows] for rows in self.database.read(read)]
 
   def _parse(self, id: ExperienceId, data: bytes) -> Experience:
     try:
@@ -285,7 +285,7 @@ class SqlStore(SqlCheckpoints):
         counts["masked"] += count * done.rowcount
       self._add(connection, counts)
 
-    self._database.write(write)
+    self.database.write(write)
 
 
 def _group_row(group: Group, rules: Rules) -> dict[str, object]:
