@@ -129,6 +129,12 @@ def test_memory_is_that_of_the_shards():
   kept = sum(one[k] for k in ("parameters", "optimizer", "published", "sampler", "cache"))
   assert one["peak"] == kept + max(one["training"], one["sampling"])
 
+  free = {"sampler": dataclasses.replace(stage.sampler, release=True)}
+  released = measure(free, data=1, devices=jax.devices()[:1])
+  kept -= one["sampler"] + one["cache"]
+  rollouts = one["sampler"] + one["cache"] + one["sampling"]
+  assert released["peak"] == kept + max(one["training"], rollouts) < one["peak"]
+
   data = measure(data=8)
   assert data["parameters"] == one["parameters"] and data["cache"] * 8 == one["cache"]
   fsdp = measure(data=1, fsdp=8)

@@ -274,6 +274,15 @@ def _check_pace(c: Config) -> None:
         f"config.{name} = {value!r}: what a step trains on would depend on the clock, which "
         "explorer.deterministic = True excludes; set explorer.deterministic=False"
       )
+  if c.sampler.release and (
+    c.mode not in ("both", "check") or c.sampler.devices or not c.explorer.deterministic
+    or c.sync.interval + c.sync.offset > 1
+  ):  # fmt: skip
+    raise UserError(
+      "config.sampler.release = True: rollouts never rest while the trainer works unless they are "
+      "on-policy and share its devices; use sync.interval=1, sync.offset=0, sampler.devices=0 and "
+      "explorer.deterministic=True, or sampler.release=False"
+    )
   if c.sync.style == "explorer_driven" and c.mode in ("explore", "train"):
     raise UserError(
       f"config.sync.style = 'explorer_driven': explorers can ask for weights in --mode=both only, "

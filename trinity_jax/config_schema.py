@@ -160,6 +160,11 @@ class SamplerConfig:
     "are flagged), compute the cache again, or let them end first.",
     choices=("keep", "recompute", "drain"),
   )
+  release: bool = key(
+    False,
+    "Free the sampler's cache and weights while the trainer works (on-policy runs that share the "
+    "devices): the peak is that of the larger phase, not of both.",
+  )
   temperature: float = key(1.0, "Temperature of training rollouts.", low=0.0)
   top_p: float = key(
     1.0, "Nucleus of training rollouts; below 1 needs a correction.", above=0.0, high=1.0

@@ -48,7 +48,8 @@ def memory_per_device(
     parameters, optimizer, published (every version kept), reference, teacher, critic (with its
     optimizer), sampler (the rollout weights again, one array a layer), cache (and what else the
     sampler keeps per slot): kept for the whole stage; training, sampling:
-    within a step; peak: what is kept plus the larger phase. Where samplers have devices of their
+    within a step; peak: what is kept plus the larger phase; with sampler.release the sampler counts
+    for its own phase only. Where samplers have devices of their
     own, published weights pass through there, and the peak is that of the fuller device.
   """
   numbers = held(params_lib.abstract(model), layout)
@@ -74,6 +75,8 @@ def memory_per_device(
   kept, kept_there = sum(train.values()), sum(sample.values())
   if set(mesh.devices.flat).isdisjoint(programs.mesh.devices.flat):
     peak = max(kept + training, kept_there + max(own, within))
+  elif config.sampler.release:
+    peak = kept + max(training, kept_there + within)
   else:
     peak = kept + kept_there + max(training, within)
   return {**train, **sample, "training": training, "sampling": within, "peak": peak}

@@ -132,6 +132,8 @@ class Rollouts(Source):
       if self._error is not None:
         raise self._error from None  # its own traceback, not the news of it
       raise
+    if c.sampler.release and self.engine is not None:
+      self.engine.release()
     self._failed_steps = 0 if any(e.num_actions for e in found) else self._failed_steps + 1
     if self._failed_steps >= self.stage.config.explorer.max_failed_steps:
       raise RunFailed(

@@ -68,6 +68,13 @@ class Driver:
     self.params = self._programs.prepare(params)
     self.version = version
     self.slots.new_version()
+    if self._state is None:
+      self._state = self._programs.init_state()
+
+  def release(self) -> None:
+    """Frees cache and weights until the next `set_params`; the slots must be empty."""
+    self.params = self._state = None
+    self.slots.new_version()
 
   def clean(self) -> bool:
     """Returns whether requests may be admitted.

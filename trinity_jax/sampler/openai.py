@@ -123,6 +123,9 @@ class OpenAIEngine:
     if threading.get_ident() != self._thread:
       closing.result(timeout=30)
 
+  def release(self) -> None:
+    """Nothing: the server's memory is its own."""
+
   def set_params(self, version: int, params: Any) -> None:
     """Gives the server new weights before the next request; see RolloutEngine and the class."""
     with self._lock:

@@ -50,6 +50,10 @@ class SamplerPool:
     for s in self.samplers:
       s.set_params(version, params)
 
+  def release(self) -> None:
+    for s in self.samplers:
+      s.release()
+
   def describe(self) -> str:
     return "; ".join(f"sampler {i}: {s.describe()}" for i, s in enumerate(self.samplers))
 

@@ -74,6 +74,10 @@ class RolloutEngine(Protocol):
     """
     ...
 
+  def release(self) -> None:
+    """Frees cache and weights until the next `set_params`, unless requests are open."""
+    ...
+
   def member(self, order: Sequence[int]) -> Member:
     """Who serves the runs whose order begins with (stream, batch, task); itself, unless several."""
     ...

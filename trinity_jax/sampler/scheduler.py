@@ -166,6 +166,16 @@ class Sampler:
       self._next_params = (version, params)
       self._changed.notify_all()
 
+  def release(self) -> None:
+    """Frees cache and weights until the next `set_params`, unless requests are open."""
+    with self._changed:
+      if self._paused or self._ended:
+        return
+      self.pause()  # the thread stays where it is until the lock is given back
+      if not self._accepted and self._next_params is None:
+        self._driver.release()
+      self.resume()
+
   def member(self, order: Sequence[int]) -> Sampler:
     """The sampler that serves runs of this order: this one."""
     return self
