@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PERF = Path(__file__).parents[1] / "launch" / "perf.py"
 
 
@@ -30,6 +32,16 @@ def test_loss(tmp_path):
   assert rows["60000/general/temporaries"]["ratio"] < 1 / 8
   assert rows["60000/fused/masked_runs"]["ratio_to"] == "60000/fused/time"
   assert "| 60000/fused/time |" in done.stdout
+
+
+@pytest.mark.slow
+def test_buffer(tmp_path):
+  path = tmp_path / "rows.json"
+  done = perf("buffer", "--stores=sqlite", "--held=10000", "--buffer_steps=8", f"--json={path}")
+  assert done.returncode == 0, done.stderr
+  rows = {r["name"]: r for r in json.loads(path.read_text())}
+  for name in ("large/put", "large/sample", "large/both_at_once", "small/put_p99/10000"):
+    assert rows[f"sqlite/{name}"]["value"] > 0
 
 
 def test_unknown_names():

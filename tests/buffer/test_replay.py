@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from groups import content, experience, failed_group, group, ids, keys
 
+from trinity_jax.buffer.record import describe_group
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.buffer.storage_memory import MemoryStore
 from trinity_jax.errors import RunFailed, UserError
@@ -316,6 +317,38 @@ def test_priorities(place):
   put(buffer, *(group(b, 0, versions=(v,)) for b, v in ((1, 0), (2, 5), (3, 4))))
   taken = [keys(buffer.sample(1, step, 0))[0][0] for step in range(1, 7)]
   assert taken == [2, 3, 2, 3, 2, 1]  # 5, 4, then 3 and 2, then 1 and 0: ties by id; (3, 0) has 0
+
+
+def test_a_step_waits_until_it_can_choose(place):
+  """One group is there, of the lowest priority; two better ones come while the trainer waits."""
+  buffer = place.buffer(order="priority", tasks_per_step=1)
+  put(buffer, group(1, 0, versions=(0,)))
+  waiting = threading.Event()
+  taken = []
+
+  def sample():
+    watched = buffer.bell.wait
+    buffer.bell.wait = lambda *args: waiting.set() or watched(*args)
+    taken.extend(keys(buffer.sample(2, 1, WAIT)))
+
+  thread = threading.Thread(target=sample)
+  thread.start()
+  assert waiting.wait(WAIT)
+  better = [describe_group(group(b, 0, versions=(b,))) for b in (2, 3)]
+  assert buffer.store.put(better, buffer.rules) == ["stored", "stored"]  # in one transaction
+  thread.join(WAIT)
+  assert taken == [(2, 0), (3, 0)]
+
+
+def test_uses_that_are_forgotten_can_be_had_again(place):
+  buffer = place.buffer(order="priority", tasks_per_step=1, max_uses=2)
+  put(buffer, group(1, 0, versions=(3,)), group(2, 0, versions=(2,)))
+  want = [(1, 0), (2, 0), (1, 0), (2, 0)]  # priorities 3, 2, 1, 0
+  for _ in range(2):
+    assert [keys(buffer.sample(1, step, 0))[0] for step in range(1, 5)] == want
+    assert buffer.stats()["used"] == 2
+    buffer.restore(0)
+    assert (buffer.stats()["ready"], len(buffer)) == (2, 4)
 
 
 def test_a_function_as_priority(place):

@@ -147,7 +147,7 @@ def _prepare_sqlite(connection: Any, durability: str) -> None:
   cursor = connection.cursor()
   level = {"process": "NORMAL", "power": "FULL"}[durability]
   for pragma in (f"page_size={PAGE}", "journal_mode=WAL", f"synchronous={level}",
-                 "cache_size=-65536", "journal_size_limit=67108864"):  # fmt: skip
+                 "cache_size=-16384", "journal_size_limit=67108864"):  # fmt: skip
     cursor.execute(f"PRAGMA {pragma}")
   cursor.close()
 

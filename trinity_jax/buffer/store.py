@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from trinity_jax.buffer.bell import FileBell
 from trinity_jax.buffer.record import Store
@@ -15,7 +14,7 @@ def open_store(
   url: str,
   directory: str | Path,
   *,
-  durability: Literal["process", "power"] = "process",
+  durability: str = "process",
   patience: float = 60.0,
   namespace: str = "trinity",
 ) -> Store:
@@ -49,7 +48,9 @@ def open_store(
     from trinity_jax.buffer import database
     from trinity_jax.buffer.storage_sql import SqlStore
   except ModuleNotFoundError as e:
-    raise UserError(f"buffer store {url!r}: {e.name} is not installed; pip install {e.name}") from e
+    raise UserError(
+      f"buffer store {url!r}: {e.name} is not installed; pip install it, or set buffer.url=memory"
+    ) from e
   if kind == "postgresql":
     from trinity_jax.buffer.storage_postgres import open_postgres
 
