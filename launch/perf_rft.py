@@ -104,6 +104,8 @@ class Instant:
 
   def close(self) -> None: ...
 
+  def release(self) -> None: ...
+
   def set_params(self, version: int, params: Any) -> None:
     self.version = version
 

@@ -70,6 +70,7 @@ def test_bare_loop(tmp_path, capsys):
   """Two GRPO steps with rich, TensorBoard, matplotlib, math_verify ... all missing."""
   recipe = launching.write_recipe(tmp_path / "recipe.py", "")
   args = [f"--config={recipe}", f"--workdir={tmp_path}/run", "--config.monitor.progress=auto",
+          "--config.buffer.url=memory",
           "--config.model.tiny={'hidden': 32, 'layers': 1, 'intermediate': 32}"]  # fmt: skip
   run = f"\nimport runpy\nrunpy.run_path({str(launching.ROOT / 'launch' / 'main.py')!r}, "
   done = launching.spawn(*args, code=BLOCK + run + "run_name='__main__')")

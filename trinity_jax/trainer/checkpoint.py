@@ -164,15 +164,20 @@ def restore_params(directory: Path, step: int, like: Any) -> Any:
     like: pytree of ShapeDtypeStruct with the shardings and the dtype wanted.
 
   Raises:
-    UserError: the checkpoint is of another model (names the first leaves that differ).
+    UserError: the checkpoint is damaged, or of another model (names the first leaves that differ).
   """
   import orbax.checkpoint as ocp
-  from etils import epath
 
-  path = epath.Path(Path(directory).absolute()) / str(step) / "state"
-  handler = ocp.PyTreeCheckpointHandler()
+  path = Path(directory).absolute() / str(step) / "state"
+  handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
   try:
-    saved = handler.metadata(path)
+    saved: Any = handler.metadata(path)
+    saved = getattr(saved, "item_metadata", saved)
+    if saved is None:
+      raise UserError(
+        f"checkpoint {path.parent} is damaged or was deleted: it says nothing of its parameters; "
+        "delete it, or take another"
+      )
     if wrong := _differences(getattr(saved, "tree", saved)["params"], like):
       raise UserError(f"checkpoint {path.parent} does not fit the model: {wrong}")
     how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), like)
