@@ -25,6 +25,7 @@ Verdict = Literal["again", "full", "damaged", "failed"]
 
 BUSY = 60.0  # seconds that SQLite waits for another process's transaction
 PAGE = 16384  # bytes; large pages make large experiences cheap
+CHECKPOINT = 4000  # pages in the log before it is merged: small groups rewrite the same pages
 
 
 class Database:
@@ -146,8 +147,15 @@ def _prepare_sqlite(connection: Any, durability: str) -> None:
   connection.isolation_level = None  # transactions begin where we say
   cursor = connection.cursor()
   level = {"process": "NORMAL", "power": "FULL"}[durability]
-  for pragma in (f"page_size={PAGE}", "journal_mode=WAL", f"synchronous={level}",
-                 "cache_size=-16384", "journal_size_limit=67108864"):  # fmt: skip
+  pragmas = (
+    f"page_size={PAGE}",
+    "journal_mode=WAL",
+    f"synchronous={level}",
+    f"wal_autocheckpoint={CHECKPOINT}",
+    "cache_size=-16384",
+    f"journal_size_limit={CHECKPOINT * PAGE}",
+  )
+  for pragma in pragmas:
     cursor.execute(f"PRAGMA {pragma}")
   cursor.close()
 
