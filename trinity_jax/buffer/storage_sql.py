@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from trinity_jax.buffer.bell import ThreadBell
-from trinity_jax.buffer.checkpoints_sql import Connection, Counts, SqlCheckpoints, is_group
+from trinity_jax.buffer.checkpoints_sql import CHUNK, Connection, Counts, SqlCheckpoints, is_group
 from trinity_jax.buffer.database import Database
 from trinity_jax.buffer.record import Group, Key, Outcome, Rules, Stats, Status
 from trinity_jax.buffer.rewards import rewarded
@@ -178,7 +178,22 @@ class SqlStore(SqlCheckpoints):
       self._add(connection, counts)
       return taken, bool(counts)
 
+    if not self.database.read(lambda c: self._may_take(c, n, step, rules)):
+      return []
     return self._write_and_ring(write, changed=lambda out: out[1])[0]
+
+  def _may_take(self, connection: Connection, n: int, step: int, rules: Rules) -> bool:
+    """False when there is nothing to take or drop: every put rings, looking must cost little."""
+    ready = self._number(connection, "ready")
+    if ready >= n or (ready and self._number(connection, "fresh") >= rules.capacity):
+      return True
+    oldest = rules.oldest(step)
+    if oldest is None or not ready:
+      return False
+    stale = sa.select(GROUPS.c.task).where(
+      GROUPS.c.status == Status.READY, GROUPS.c.newest < oldest
+    )
+    return connection.execute(stale.limit(1)).first() is not None
 
   def _ready(self) -> sa.Select:
     """Ready groups that nobody else is taking; column names as in GROUPS."""
@@ -190,16 +205,17 @@ class SqlStore(SqlCheckpoints):
       rows = connection.execute(
         self._ready().order_by(GROUPS.c.batch, GROUPS.c.task).limit(n - len(taken))
       ).all()
+      used: dict[bool, list[Any]] = {False: [], True: []}
       for row in rows:
         key = (row.batch, row.task)
         if key > due:
-          return taken
-        stale = oldest is not None and row.newest < oldest
-        self._use(connection, row, step, ticket, rules, counts, dropped=stale)
+          break
+        used[oldest is not None and row.newest < oldest].append(row)
         due = max(due, rules.after(key))
-        if not stale:
-          taken.append(key)
-      if not rows:
+      for dropped, some in used.items():
+        self._use(connection, some, step, ticket, rules, counts, dropped=dropped)
+      taken += [(row.batch, row.task) for row in used[False]]
+      if sum(map(len, used.values())) < len(rows) or not rows:
         break
     return taken
 
@@ -207,8 +223,8 @@ class SqlStore(SqlCheckpoints):
     oldest = rules.oldest(step)
     if oldest is not None:
       stale = self._ready().where(GROUPS.c.newest < oldest)
-      for row in connection.execute(stale.order_by(GROUPS.c.newest)).all():
-        self._use(connection, row, step, ticket, rules, counts, dropped=True)
+      rows = connection.execute(stale.order_by(GROUPS.c.newest)).all()
+      self._use(connection, rows, step, ticket, rules, counts, dropped=True)
     order: list[Any] = [GROUPS.c.batch, GROUPS.c.task]
     if rules.order == "priority":
       order.insert(0, GROUPS.c.priority.desc())
@@ -218,47 +234,50 @@ class SqlStore(SqlCheckpoints):
       fresh = self._number(connection, "fresh") + counts["fresh"]
       if fresh < rules.capacity:
         return []
-    for row in rows:
-      self._use(connection, row, step, ticket, rules, counts)
+    self._use(connection, rows, step, ticket, rules, counts)
     return [(row.batch, row.task) for row in rows]
 
-  def _use(self, connection, row, step, ticket, rules: Rules, counts, dropped=False) -> None:
-    key, uses = (row.batch, row.task), row.uses + (not dropped)
-    status = Status.READY
-    if dropped or uses >= rules.max_uses:
-      status = Status.DROPPED if dropped else Status.USED
-    connection.execute(
-      GROUPS.update()
-      .where(is_group(GROUPS, key))
-      .values(
-        status=status,
-        uses=uses,
-        free_at=rules.free_at(step),
-        ended_at=None if status is Status.READY else step,
-        priority=rules.priority(key, row.version, uses),
-      )
+  def _use(self, connection, rows, step, ticket, rules: Rules, counts, dropped=False) -> None:
+    """Marks ready groups as used or dropped by a step."""
+    if not rows:
+      return
+    changes, uses_of = [], []
+    for row in rows:
+      key, uses = (row.batch, row.task), row.uses + (not dropped)
+      status = Status.READY
+      if dropped or uses >= rules.max_uses:
+        status = Status.DROPPED if dropped else Status.USED
+      changes.append({
+        "of_batch": row.batch, "of_task": row.task, "status": status, "uses": uses,
+        "free_at": rules.free_at(step), "ended_at": None if status is Status.READY else step,
+        "priority": rules.priority(key, row.version, uses),
+      })  # fmt: skip
+      uses_of.append({"batch": row.batch, "task": row.task, "at": step, "ticket": ticket,
+                      "dropped": dropped, "masked": 0})  # fmt: skip
+      counts["ready"] -= 1
+      counts[status.name.lower()] += 1
+      if not row.uses:
+        counts["fresh"] -= row.size
+    update = GROUPS.update().where(
+      GROUPS.c.batch == sa.bindparam("of_batch"), GROUPS.c.task == sa.bindparam("of_task")
     )
-    connection.execute(
-      USES.insert().values(
-        batch=key[0], task=key[1], at=step, ticket=ticket, dropped=dropped, masked=0
-      )
-    )
-    counts["ready"] -= 1
-    counts[status.name.lower()] += 1
-    if not row.uses:
-      counts["fresh"] -= row.size
+    names = ("status", "uses", "free_at", "ended_at", "priority")
+    connection.execute(update.values({name: sa.bindparam(name) for name in names}), changes)
+    connection.execute(USES.insert(), uses_of)
 
   def load(self, keys: Sequence[Key]) -> list[list[Experience]]:
     def read(connection: Connection) -> list[list[tuple[ExperienceId, bytes]]]:
-      out = []
-      for key in keys:
+      found: dict[Key, list[tuple[ExperienceId, bytes]]] = {key: [] for key in keys}
+      key = sa.tuple_(EXPERIENCES.c.batch, EXPERIENCES.c.task)
+      for start in range(0, len(keys), CHUNK):
         rows = connection.execute(
           sa.select(EXPERIENCES)
-          .where(is_group(EXPERIENCES, key))
+          .where(key.in_(keys[start : start + CHUNK]))
           .order_by(EXPERIENCES.c.run, EXPERIENCES.c.step)
         )
-        out.append([(ExperienceId(r.batch, r.task, r.run, r.step), r.data) for r in rows])
-      return out
+        for r in rows:
+          found[r.batch, r.task].append((ExperienceId(r.batch, r.task, r.run, r.step), r.data))
+      return [found[key] for key in keys]
 
     if not keys:
       return []
