@@ -151,3 +151,19 @@ def test_explorer_driven_publishes_when_asked(world, workflow):
   for number, experiences in enumerate(steps, 1):
     assert all(0 <= number - 1 - v <= rig.schedule.max_lag for v in versions(experiences))
   assert len(rig.published) < 7  # not after every step
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_a_dead_explorer_had_begun_is_taken_over(world, workflow, deterministic):
+  """Also by one that waits for weights, which will not come without the dead one's groups."""
+  with world.sampler(version=None, deterministic=deterministic) as sampler:
+    more = {"explorer.deterministic": deterministic, "buffer.lease": 0.4}
+    rig = Rig(world, sampler, config_of(world, **more))
+    assert rig.buffer.claim("dead", 0.4).batch == 1
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(3)):
+      steps = rig.train(1, 3)
+      rig.buffer.finish()
+    assert not rig.errors
+  assert [s[0].id.batch for s in steps] == [1, 2, 3]
+  assert all(versions(s) == {n} for n, s in enumerate(steps))

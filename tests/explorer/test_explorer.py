@@ -205,7 +205,7 @@ def test_a_dead_sampler_ends_the_explorer_and_the_trainers_wait(world, workflow,
     rig = Rig(world, sampler, config_of(world, **{"explorer.max_retries": 2}))
 
     async def kills(task, model):
-      sampler._driver._state = None  # the next dispatch fails in the sampler's thread
+      sampler._driver._state = object()  # the next dispatch fails in the sampler's thread
       await model.chat(task.messages)
 
     workflow(kills)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Coroutine, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from trinity_jax.buffer.bell import ThreadBell
@@ -90,6 +90,8 @@ class Explorer:
     self._version = -1  # last given to the sampler, which takes it at its next dispatch
     self._asked = -1  # the version that the schedule meant, the same except after a resume
     self._in_flight: set[asyncio.Task] = set()
+    self._taken_over: set[asyncio.Task] = set()  # steps that other explorers had begun
+    self._swapping = asyncio.Lock()
     self._dropped = 0  # groups, when that was last asked for
     self._failure: BaseException | None = None
     self._changed = asyncio.Event()
@@ -106,7 +108,7 @@ class Explorer:
         loop.call_soon_threadsafe(self._changed.set)
 
     unsubscribe = self._bell.subscribe(ring)
-    background = [asyncio.create_task(self._beat())]
+    background = [asyncio.create_task(self._beat(total))]
     if self._schedule.swaps_midway:
       background.append(asyncio.create_task(self._follow()))
     for task in background:
@@ -117,7 +119,7 @@ class Explorer:
       await self._finish_evaluation()
     finally:
       unsubscribe()
-      await cancelled([*background, *self._in_flight])
+      await cancelled([*background, *self._taken_over, *self._in_flight])
     self._raise_failure()
 
   async def _claim(self) -> Claim | None:
@@ -125,13 +127,21 @@ class Explorer:
     assert self._buffer is not None
     return await asyncio.to_thread(self._buffer.claim, c.explorer.name, c.buffer.lease)
 
-  async def _beat(self) -> None:
-    """Shows the other processes that this one is alive."""
+  async def _beat(self, total: int) -> None:
+    """Shows the others that this explorer is alive, and takes over from those that are not."""
     c = self.config
-    assert self._buffer is not None
+    buffer = self._buffer
+    assert buffer is not None
     while True:
-      await asyncio.to_thread(self._buffer.heartbeat, c.explorer.name, c.buffer.lease)
+      await asyncio.to_thread(buffer.heartbeat, c.explorer.name, c.buffer.lease)
+      take_over = lambda: buffer.claim(c.explorer.name, c.buffer.lease, new=False)
+      while (claim := await asyncio.to_thread(take_over)) is not None:
+        self._track(self._admitted(claim, total), self._taken_over)
       await asyncio.sleep(c.buffer.lease / 4)
+
+  async def _admitted(self, claim: Claim, total: int) -> None:
+    if await self._admit(claim, total):
+      self._start(claim)
 
   async def _admit(self, claim: Claim, total: int) -> bool:
     """Waits until an explorer step may start, its weights in the sampler; False: none is needed."""
@@ -158,11 +168,10 @@ class Explorer:
       return False
     newest = self._versions.version
     current = self._version if self._version >= 0 else None
-    await self._take(
-      self._schedule.version_for(
-        claim.batch, newest, current=current, dropped_batches=self._lacking(claim.batch)
-      )
+    version = self._schedule.version_for(
+      batch, newest, current=current, dropped_batches=self._lacking(batch)
     )
+    await self._take(version)
     return not buffer.finished
 
   def _lacking(self, batch: int, *, fresh: bool = False) -> int:
@@ -183,8 +192,11 @@ class Explorer:
     Deterministic runs change weights between rollouts; else what is under way goes on, and
     sampler.on_swap says with which cache.
     """
-    if version == self._asked:
-      return
+    async with self._swapping:
+      if version != self._asked:
+        await self._swap(version)
+
+  async def _swap(self, version: int) -> None:
     if self.config.explorer.deterministic:
       await self._until(lambda: not self._in_flight)
     elif self._evaluating is not None:  # of the weights that the sampler has
@@ -235,9 +247,14 @@ class Explorer:
     ids = group_ids(claim.batch, numbers, c.explorer.group_size)
     self._groups.announce(TRAIN_STREAM, ids)
     for number, group in zip(numbers, ids):
-      started = asyncio.create_task(self._group(runner, tasks[number], group))
-      self._in_flight.add(started)
-      started.add_done_callback(self._ended)
+      self._track(self._group(runner, tasks[number], group), self._in_flight)
+
+  def _track(self, coroutine: Coroutine[Any, Any, None], among: set[asyncio.Task]) -> None:
+    """Runs it beside; its error ends the explorer, the explorer's end ends it."""
+    started = asyncio.create_task(coroutine)
+    among.add(started)
+    started.add_done_callback(among.discard)
+    started.add_done_callback(self._ended)
 
   async def _group(self, runner: Runner, task: Task, ids) -> None:
     assert self._buffer is not None
@@ -248,7 +265,6 @@ class Explorer:
 
   def _ended(self, task: asyncio.Task) -> None:
     """The first error ends the explorer; those that it causes are not news."""
-    self._in_flight.discard(task)
     if not task.cancelled() and task.exception() is not None and self._failure is None:
       self._failure = task.exception()
     self._changed.set()
