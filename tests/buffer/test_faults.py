@@ -149,6 +149,7 @@ def life_and_death(place, rounds, seed, last=None):
   assert sorted(trained + found) == sorted(stored)  # each exactly once
 
 
+@pytest.mark.slow
 def test_killed_processes(sqlite):
   life_and_death(sqlite, 1, seed=0)
 
@@ -194,6 +195,7 @@ def put_and_sample(buffer, n):
   return taken
 
 
+@pytest.mark.slow
 def test_connections_that_are_cut(server, tmp_path):
   store = open_store(server.url, tmp_path, namespace="cut")
   buffer = ReplayBuffer(store, capacity=32, order="id", tasks_per_step=1)
