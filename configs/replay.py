@@ -1,13 +1,14 @@
 """Learning from a recorded run alone: nothing is sampled but for evaluation.
 
-python launch/main.py --config=configs/quickstart.py --workdir=runs/recorded \
-  --config.buffer.keep=True
 python launch/main.py --config=configs/replay.py --workdir=runs/replay \
   --config.model.path=runs/recorded/sft/hf --config.buffer.replay=runs/recorded/grpo
 
-The first command records the quickstart (2 minutes on 2 CPU cores), the second trains the same SFT
-checkpoint on those rollouts, which other policies have sampled: importance weights are truncated
-and the ratio clipped. Half a minute.
+trains the quickstart's SFT checkpoint on the rollouts of a quickstart that was recorded with
+
+python launch/main.py --config=configs/quickstart.py --workdir=runs/recorded \
+  --config.buffer.keep=True
+
+Other policies have sampled them: importance weights are truncated and the ratio is clipped.
 """
 
 import runpy

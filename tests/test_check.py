@@ -70,9 +70,9 @@ def values_of(text: str) -> list[dict[str, str]]:
 
 def test_every_recipe_is_checked(gsm8k, qwen):
   names = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-  assert names == ["algorithms", "gsm8k_grpo", "gsm8k_smoke", "off_policy", "quickstart"]
+  assert names == ["algorithms", "gsm8k_grpo", "gsm8k_smoke", "off_policy", "quickstart", "replay"]
   flags = {"gsm8k_grpo": [*gsm8k, qwen], "gsm8k_smoke": gsm8k, "algorithms": [qwen],
-           "off_policy": [qwen]}  # fmt: skip
+           "off_policy": [qwen], "replay": [qwen]}  # fmt: skip
   for name in names:
     extra = flags.get(name, [])
     config = config_of(name, *extra)

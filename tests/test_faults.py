@@ -103,6 +103,7 @@ def test_one_process_for_long(tmp_path, whole, seed):
   one_process(tmp_path / "run", whole, seed, 8)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_so(tmp_path):
   """Before the first checkpoint was due: what is done is saved, and the run goes on from there."""
   run = Run(tmp_path / "run", ONE_STAGE)

@@ -88,7 +88,7 @@ def _rows(c, workdir):
   ("mesh", "keys"),
   [
     ((2, 1, 2), {"devices": 4, "replicas": 2, "tensor": 2}),
-    ((4, 2, 1), {"replicas": 2, "tensor": 2}),
+    pytest.param((4, 2, 1), {"replicas": 2, "tensor": 2}, marks=pytest.mark.slow),
   ],
 )
 def test_a_run_is_the_same_whoever_samples(one_device, tmp_path, mesh, keys):

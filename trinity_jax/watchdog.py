@@ -20,7 +20,11 @@ from trinity_jax.errors import RunFailed
 from trinity_jax.monitor.timeline import Timeline
 
 EXIT_CODE = 3
-_WAITING = ("threading.py", "selectors.py", "queue.py", "concurrent/futures/_base.py")
+# Files of the standard library, and of watchdog, in which threads wait.
+_WAITING = (
+  "threading.py", "selectors.py", "queue.py", "concurrent/futures/_base.py",
+  "concurrent/futures/thread.py", "inotify_c.py",
+)  # fmt: skip
 
 
 class Watchdog:

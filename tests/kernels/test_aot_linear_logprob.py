@@ -76,7 +76,9 @@ LIMITS = {(1, 1, 1): 0.05, (1, 1, 4): 0.06, (1, 2, 2): 0.095}
 def test_temporaries_of_the_loss(target, sizes):
   tpu = target != aot.H100
   naive = temporaries(target, sizes, plain)
-  used = temporaries(target, sizes, general, kernels=3 if tpu else 0)
+  # Under fsdp forward and backward are there twice: for a slice of the weight, and for the rest.
+  kernels = 3 * (2 if sizes[1] > 1 else 1)
+  used = temporaries(target, sizes, general, kernels=kernels if tpu else 0)
   print(f"{target} {sizes}: {used / 2**20:.0f} of {naive / 2**20:.0f} MiB")
   assert used <= (LIMITS[sizes] if tpu else 0.35) * naive
 

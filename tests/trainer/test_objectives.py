@@ -133,7 +133,7 @@ def test_reference_and_teacher_from_folders(tools, tmp_path):
 def test_scores_are_those_of_the_policy_as_the_step_begins(tools):
   trainer = make_trainer(tools, "clipv")
   experiences = tools.make_experiences()
-  packed, batch, programs, _ = trainer._prepared(experiences)
+  packed, batch, programs, *_ = trainer._prepared(experiences)
   scores = {k: np.asarray(batch.extras[k]) for k in trainer._scores}
   mask = packed.action_mask
   whole = tools.whole_step(experiences, PackSpec((48,), 2, 12))
