@@ -106,7 +106,11 @@ def make_buffer(config: Config, schedule: Schedule, directory: Path, start: int)
   ahead = tasks * e.group_size * (schedule.max_steps_ahead + 1)
   return ReplayBuffer(
     open_store(
-      b.url, directory, durability=b.durability, namespace=f"{b.namespace}_{config.name}"
+      b.url,
+      directory,
+      durability=b.durability,
+      shared=config.mode != "both",
+      namespace=f"{b.namespace}_{config.name}",
     ),
     capacity=b.capacity or ahead,
     order="priority" if b.priority else "id" if e.deterministic else "ready",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trinity_jax.buffer.bell import FileBell
+from trinity_jax.buffer.bell import FileBell, ThreadBell
 from trinity_jax.buffer.record import Store
 from trinity_jax.buffer.storage_memory import MemoryStore
 from trinity_jax.errors import UserError
@@ -16,6 +16,7 @@ def open_store(
   *,
   durability: str = "process",
   patience: float = 60.0,
+  shared: bool = True,
   namespace: str = "trinity",
 ) -> Store:
   """The groups, uses and claims of one run.
@@ -25,6 +26,7 @@ def open_store(
       "postgresql://user@host/database".
     durability: SQLite: "process" survives the kill of every process, "power" a power cut too (each
       transaction is synced to the disk).
+    shared: SQLite: whether other processes are told, and heard, when something changes.
     patience: seconds to try again when the database is cut off or locked.
     namespace: PostgreSQL schema that holds the tables: runs (and stages) of one database need one
       each.
@@ -61,5 +63,5 @@ def open_store(
     database.Database(
       database.sqlite_url(path), str(path), durability=durability, patience=patience
     ),
-    FileBell(path.with_name(path.name + ".bell")),
+    FileBell(path.with_name(path.name + ".bell")) if shared else ThreadBell(),
   )

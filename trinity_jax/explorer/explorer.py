@@ -92,6 +92,8 @@ class Explorer:
     self._in_flight: set[asyncio.Task] = set()
     self._taken_over: set[asyncio.Task] = set()  # steps that other explorers had begun
     self._swapping = asyncio.Lock()
+    self._next_look = 0.0
+    self._later: asyncio.TimerHandle | None = None
     self._dropped = 0  # groups, when that was last asked for
     self._failure: BaseException | None = None
     self._changed = asyncio.Event()
@@ -152,6 +154,8 @@ class Explorer:
 
     def look() -> bool | str:
       for fresh in (False, True):  # what is known already first: it can only become more
+        if fresh and not self._may_look():
+          break
         if fresh and buffer.finished:
           return True
         lacking = self._lacking(batch, fresh=fresh)
@@ -173,6 +177,16 @@ class Explorer:
     )
     await self._take(version)
     return not buffer.finished
+
+  def _may_look(self) -> bool:
+    """Whether the store may be asked now; else it will be, soon: every put of anybody rings."""
+    loop = asyncio.get_running_loop()
+    if loop.time() >= self._next_look:
+      self._next_look = loop.time() + _LOOKS
+      return True
+    if self._later is None or self._later.when() < self._next_look:
+      self._later = loop.call_at(self._next_look, self._changed.set)
+    return False
 
   def _lacking(self, batch: int, *, fresh: bool = False) -> int:
     """Explorer steps by which `batch` comes earlier: others had surplus groups or lost some."""
@@ -314,6 +328,9 @@ class Explorer:
   def describe(self) -> str:
     """Which runs are open, for the message of a wait that expired."""
     return self._groups.describe()
+
+
+_LOOKS = 0.02  # seconds between looks into the store while waiting
 
 
 async def cancelled(tasks) -> None:
