@@ -9,8 +9,8 @@ python launch/main.py --config=configs/quickstart.py --workdir=runs/recorded \
   --config.buffer.keep=True
 
 Half a minute on 2 CPU cores. Held-out accuracy 0.59 -> 0.985 from that run's own SFT checkpoint,
-whose steps it repeats; 0.585 -> 0.86 from the SFT checkpoint of another seed, for which the rollouts
-are another policy's throughout: importance weights are truncated, the ratio is clipped.
+whose steps it repeats; 0.585 -> 0.86 from the SFT checkpoint of another seed, for which they are
+another policy's throughout: importance weights are truncated, the ratio is clipped.
 """
 
 import runpy

@@ -9,8 +9,8 @@ import subprocess
 import time
 
 import pytest
+from killing import ASYNCHRONOUS, ONE_STAGE, Run, assert_as_if_never_killed
 
-from runs import ASYNCHRONOUS, ONE_STAGE, Run, assert_as_if_never_killed
 from trinity_jax.monitor.writers import read_jsonl
 from trinity_jax.preemption import EXIT_CODE
 

@@ -8,8 +8,8 @@ import subprocess
 import time
 
 import pytest
+from killing import ONE_STAGE, SHORT, Run, assert_as_if_never_killed
 
-from runs import ONE_STAGE, SHORT, Run, assert_as_if_never_killed
 from trinity_jax.monitor.writers import read_jsonl
 
 
