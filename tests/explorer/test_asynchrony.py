@@ -143,6 +143,21 @@ def test_evaluation_keeps_its_weights_while_training_goes_on(world, workflow):
   assert rig.evals[0][0] == 2 and versions(rig.evals[0][2]) == {2}
 
 
+def test_an_evaluation_that_is_over_keeps_no_weights(world, workflow):
+  """Nor does one that goes on, where a step needs newer ones."""
+  with world.sampler(version=None, deterministic=False) as sampler:
+    rig = Rig(world, sampler, free(world, "trainer_driven", every=100), [held_out(world)])
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(6)):
+      steps = rig.train(1, 6)
+      rig.buffer.finish()
+    assert not rig.errors
+  assert [v for v, _, _ in rig.evals] == [0]
+  assert rig.buffer.stats()["masked_tokens"] == rig.buffer.dropped == 0
+  for number, experiences in enumerate(steps, 1):
+    assert all(e.num_actions and number - 1 - min(versions([e])) <= 1 for e in experiences)
+
+
 def test_explorer_driven_publishes_when_asked(world, workflow):
   with world.sampler(version=None, deterministic=False) as sampler:
     config = free(world, "explorer_driven", **{"sync.interval": 2, "sync.offset": 1})

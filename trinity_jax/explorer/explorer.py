@@ -170,12 +170,12 @@ class Explorer:
       await self._until(look)
     if buffer.finished:
       return False
-    newest = self._versions.version
+    newest, lacking = self._versions.version, self._lacking(batch)
     current = self._version if self._version >= 0 else None
     version = self._schedule.version_for(
-      batch, newest, current=current, dropped_batches=self._lacking(batch)
+      batch, newest, current=current, dropped_batches=lacking
     )
-    await self._take(version)
+    await self._take(version, self._schedule.needs(batch, lacking))
     return not buffer.finished
 
   def _may_look(self) -> bool:
@@ -200,21 +200,21 @@ class Explorer:
   def tasks_per_batch(self) -> int:
     return tasks_per_batch(self.config)
 
-  async def _take(self, version: int) -> None:
-    """Gives a version to the sampler.
+  async def _take(self, version: int, least: int) -> None:
+    """Gives a version to the sampler; while that evaluates, one of at least `least` stays.
 
     Deterministic runs change weights between rollouts; else what is under way goes on, and
     sampler.on_swap says with which cache.
     """
     async with self._swapping:
       if version != self._asked:
-        await self._swap(version)
+        await self._swap(version, least)
 
-  async def _swap(self, version: int) -> None:
+  async def _swap(self, version: int, least: int) -> None:
     if self.config.explorer.deterministic:
       await self._until(lambda: not self._in_flight)
-    elif self._evaluating is not None:  # of the weights that the sampler has
-      if self._version >= version - self._schedule.max_lag:
+    elif self._evaluating is not None:
+      if self._version >= least and not self._evaluating.done():
         return
       await self._finish_evaluation()
     found, params = await self._versions.wait_for(version)
@@ -239,7 +239,7 @@ class Explorer:
     while True:
       await self._until(lambda: self._versions.version > self._version)
       await self._finish_evaluation()
-      await self._take(self._versions.version)
+      await self._take(self._versions.version, self._versions.version)
 
   def _use(self, version: int, params: Any) -> None:
     self._engine.set_params(version, params)
