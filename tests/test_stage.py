@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from trinity_jax.build import check_lag, check_rows
 from trinity_jax.config import base_config, resolve, stage_configs
+from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, ExperienceId, StopReason
 from trinity_jax.monitor.metrics import undocumented

@@ -15,6 +15,7 @@ from trinity_jax import build
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.config import Config, TasksetConfig, stage_configs
+from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
 from trinity_jax.explorer.rewards import make_reward
@@ -51,10 +52,10 @@ def plan(config: Config) -> Plan:
     UserError: what the run would stumble over.
   """
   algorithm = make_algorithm(config.algorithm)
-  build.check_lag(config, algorithm)
+  check_lag(config, algorithm)
   meshes = build.make_meshes(config)
   mesh = meshes.train
-  build.check_rows(config, mesh)
+  check_rows(config, mesh)
   model = model_config(config)
   layout = sharding.param_shardings(model, mesh)
   rollout = meshes.rollout[0]

@@ -15,6 +15,7 @@ from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.config import Config
+from trinity_jax.config_checks import check_lag
 from trinity_jax.errors import RunFailed, root_cause
 from trinity_jax.experience import Experience
 from trinity_jax.launch_order import LaunchOrder
@@ -73,7 +74,7 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
   stack.callback(build.close_buffer, buffer)
   model_path = _wait_for_start(config, directory, buffer.bell)
   algorithm = make_algorithm(config.algorithm)
-  build.check_lag(config, algorithm)
+  check_lag(config, algorithm)
   meshes = build.make_meshes(config)
   model, launch = hf.load_config(model_path), LaunchOrder(meshes.train)
   versions = SnapshotReader(

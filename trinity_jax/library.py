@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.config import Config, resolve
+from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
 from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
@@ -69,11 +70,11 @@ class Session:
     directory = Path(workdir).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     algorithm = make_algorithm(c.algorithm)
-    build.check_lag(c, algorithm)
+    check_lag(c, algorithm)
     model_path = first_model(c, directory)
     model = hf.load_config(model_path)
     meshes = build.make_meshes(c)
-    build.check_rows(c, meshes.train)
+    check_rows(c, meshes.train)
     launch = LaunchOrder(meshes.train)
     layout = sharding.param_shardings(model, meshes.train)
     params, _ = hf.load(model_path, dtype=jnp.dtype(c.model.param_dtype), shardings=layout)

@@ -22,6 +22,7 @@ from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.config import Config
+from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import Experience, ExperienceId, Task
 from trinity_jax.exploring import announce
@@ -84,14 +85,14 @@ class Stage:
     self.schedule = make_schedule(config.sync)
     self.meshes = build.make_meshes(config)
     self.mesh = self.meshes.train
-    build.check_rows(config, self.mesh)
+    check_rows(config, self.mesh)
     self.launch = LaunchOrder(self.mesh)
     self.tokenizer = Tokenizer.load(model_path)
     self.taskset = build.training_taskset(config, self.algorithm)
     self.experts = build.expert_taskset(config, self.algorithm)
     self._texts = build.held_out_texts(config, self.algorithm)
     self.model = hf.load_config(model_path)
-    build.check_lag(config, self.algorithm)
+    check_lag(config, self.algorithm)
 
     layout = sharding.param_shardings(self.model, self.mesh)
     params, _ = hf.load(model_path, dtype=jnp.dtype(config.model.param_dtype), shardings=layout)
