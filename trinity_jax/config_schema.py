@@ -100,7 +100,8 @@ class ExplorerConfig:
   )
   timeout_ratio: float = key(
     0.0,
-    "Limits a run to so many times the mean time of completed ones (run_timeout at most); 0 never.",
+    "Limits a run to so many times the mean time of completed ones, that in the sampler not "
+    "counted (1 s at least, run_timeout at most); 0 never.",
     low=0.0,
   )
   deterministic: bool = key(

@@ -8,6 +8,8 @@ import threading
 import pytest
 from rig import WAIT, Rig, config_of, held_out, versions, workflow
 
+from trinity_jax.experience import StopReason
+
 __all__ = ["workflow"]
 FREE = {"explorer.deterministic": False}
 
@@ -114,6 +116,21 @@ def test_over_rollout_trains_without_its_slowest(world, workflow):
     assert not rig.errors
   assert {e.id.group for e in steps[0]} == {(1, 1), (1, 2), (1, 4)}
   assert all(versions(s) == {n} for n, s in enumerate(steps))
+
+
+def test_a_run_that_takes_far_longer_than_others_is_given_up(world, workflow):
+  async def one_never_ends(task, model):
+    await model.chat(task.messages)
+    if tuple(model.id[:3]) == (3, 1, 0):
+      await asyncio.Event().wait()
+
+  workflow(one_never_ends)
+  with world.sampler(version=None, deterministic=False) as sampler:
+    rig = Rig(world, sampler, free(world, "fixed", **{"explorer.timeout_ratio": 3.0}))
+    steps = rig.go(1, 3)
+  reasons = [[e.stop_reason for e in s] for s in steps]
+  assert not any(StopReason.TIMEOUT in r for r in reasons[:2])
+  assert reasons[2].count(StopReason.TIMEOUT) == 1  # after a second, not after half an hour
 
 
 def test_evaluation_keeps_its_weights_while_training_goes_on(world, workflow):

@@ -68,11 +68,14 @@ class Groups:
     )
 
   def _timeout(self) -> float:
-    """explorer.run_timeout, or explorer.timeout_ratio times what runs have taken so far."""
+    """explorer.run_timeout, or explorer.timeout_ratio times what runs have taken so far.
+
+    That is known after an explorer step's worth of runs, and never shorter than a second.
+    """
     c, (count, seconds) = self.config.explorer, self._completed
-    if not c.timeout_ratio or not count:
+    if not c.timeout_ratio or count < c.batch_size * c.group_size:
       return c.run_timeout
-    return min(c.run_timeout, c.timeout_ratio * seconds / count)
+    return min(c.run_timeout, max(_SHORTEST, c.timeout_ratio * seconds / count))
 
   def announce(self, stream: int, groups: Sequence[Sequence[ExperienceId]]) -> None:
     """Counts runs in before they start: deterministic admission waits for all of a batch."""
@@ -104,6 +107,9 @@ class Groups:
     """Which runs are open, for the message of a wait that expired."""
     names = ", ".join(map(str, sorted(self._open)[:8]))
     return f"{len(self._open)} runs open (step/task/run/step): {names}; {self._engine.describe()}"
+
+
+_SHORTEST = 1.0  # seconds
 
 
 def group_ids(batch: int, tasks: Sequence[int], runs: int) -> list[list[ExperienceId]]:
