@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from trinity_jax.errors import RunFailed, UserError
@@ -133,21 +134,20 @@ def test_results_come_in_order_and_hanging_ones_hold_up_nobody_for_long(pool):
 
 
 def test_the_deadline_counts_cpu_time_not_the_wall_clock(grader):
-  """With every core taken many times over, work within its CPU limit passes, however late."""
-  spin = [sys.executable, "-c", "while True: pass"]
-  load = [subprocess.Popen(spin) for _ in range(16 * len(os.sched_getaffinity(0)))]
-  try:
-    with GraderPool(grader, workers=2, cpu_seconds=1.0, requests=1) as pool:
-      pool.grade_all([("ab", "ab")] * 4)
-      start = time.monotonic()
-      grades = pool.grade_all([("work 0.6", "work 0.6"), ("work 0.6", "")])
-      waited = time.monotonic() - start
-  finally:
-    for process in load:
-      process.kill()
-      process.wait()
-  assert grades == [Grade(1.0, "compared"), Grade(0.0, "compared")]
-  assert waited > 1.0, "the load did not slow anything down, so the test shows nothing"
+  """A grader that the machine does not let run, as under heavy load, is not late."""
+  with GraderPool(grader, workers=1, cpu_seconds=1.0) as pool, ThreadPoolExecutor(1) as threads:
+    assert pool.grade("ab", "ab").score == 1.0
+    start = time.monotonic()
+    grade = threads.submit(pool.grade, "work 0.6", "work 0.6")
+    children = psutil.Process().children(recursive=True)
+    time.sleep(0.1)
+    for child in children:
+      child.suspend()
+    time.sleep(1.5)
+    for child in children:
+      child.resume()
+    assert grade.result(60) == Grade(1.0, "compared")
+  assert time.monotonic() - start > 1.6
 
 
 def test_every_verdict_of_a_failure_is_by_a_fresh_child(grader):
