@@ -220,7 +220,7 @@ class Rig:
     thread.start()
     try:
       yield
-    except BaseException as error:
+    except BaseException as error:  # wakes the explorer's thread, then goes on up
       self.synchronizer.close(error)
       self.buffer.close(error)
       raise

@@ -142,7 +142,6 @@ def test_drops_is_per_token():
   schedule = Schedule(style="fully_async", max_staleness=2)
   versions = np.array([3, 4, 5, 6])
   assert schedule.drops(versions, 7).tolist() == [True, False, False, False]
-  assert schedule.may_train(versions, 7).tolist() == [False, True, True, True]
   assert schedule.drops(3, 7) is True and schedule.swaps_midway
 
 

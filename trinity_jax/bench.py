@@ -230,7 +230,7 @@ class _Bench:
     engine, groups, layout = self._start()
     try:
       params = self._load(one, layout)
-    except Exception:
+    except Exception:  # whatever reading raises where a file is gone; any other goes on up
       if one.path.exists():
         raise
       self._report(f"{self.config.name} {one.name}: deleted meanwhile, not evaluated")

@@ -61,7 +61,7 @@ def explore_stage(
       with contextlib.ExitStack() as stack:
         _explore(stack, config, directory, timeline, progress, preemption)
       return
-    except BaseException as error:
+    except BaseException as error:  # one kind begins a new life, all others go on up
       if not isinstance(root_cause(error), LineageChanged):
         raise
       progress.message(f"the trainer went back to an earlier step: {root_cause(error)}")

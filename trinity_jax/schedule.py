@@ -172,10 +172,6 @@ class Schedule:
     """
     return trainer_step - 1 - version > self.max_lag
 
-  def may_train(self, version: Any, trainer_step: int) -> Any:
-    """The opposite of `drops`."""
-    return trainer_step - 1 - version <= self.max_lag
-
 
 def make_schedule(sync: SyncConfig) -> Schedule:
   """The schedule of config.sync."""

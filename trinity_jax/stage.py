@@ -368,35 +368,28 @@ class Stage:
     c = self.config
     kind = Demonstrations if self.algorithm.supervised else Recording if self.offline else Rollouts
     alone = c.mode == "train" and not self.offline  # explorers have processes of their own
-    if alone or (self.offline and not c.eval.tasksets):
-      source = kind(self, buffer=self.buffer)
-      try:
-        yield source
-      except BaseException as error:
-        source.fail(error)
-        raise
-      finally:
-        source.close()
-      return
-    engine = build.make_engine(
-      c, self.model, self.meshes, self.launch, self.timeline.span, self.model_path
-    )
-    explorer = build.make_explorer(
-      c,
-      self.algorithm,
-      engine=engine,
-      tokenizer=self.tokenizer,
-      versions=self.synchronizer,
-      buffer=self.buffer,
-      bell=self.bell,
-      taskset=self.taskset,
-      span=self.timeline.span,
-      on_eval=self.on_eval,
-      evaluated=self._evaluated,
-    )
+    explorer = engine = None
+    if not alone and not (self.offline and not c.eval.tasksets):
+      engine = build.make_engine(
+        c, self.model, self.meshes, self.launch, self.timeline.span, self.model_path
+      )
+      explorer = build.make_explorer(
+        c,
+        self.algorithm,
+        engine=engine,
+        tokenizer=self.tokenizer,
+        versions=self.synchronizer,
+        buffer=self.buffer,
+        bell=self.bell,
+        taskset=self.taskset,
+        span=self.timeline.span,
+        on_eval=self.on_eval,
+        evaluated=self._evaluated,
+      )
     source = kind(self, explorer, engine, self.buffer)
-    engine.start()
-    source.start()
+    if engine is not None:
+      engine.start()
+      source.start()
     try:
       yield source
     except BaseException as error:  # wakes the threads that wait, then goes on up
@@ -404,7 +397,8 @@ class Stage:
       raise
     finally:
       source.close()
-      engine.close()
+      if engine is not None:
+        engine.close()
 
 
 def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) -> list[Experience]:

@@ -201,7 +201,7 @@ class ReplayBuffer:
         if left <= 0:
           raise RunFailed(self._missing(groups, len(taken), deadline, describe))
         self.bell.wait(seen, left)
-    except BaseException:
+    except BaseException:  # an interrupt too must not keep what nobody will train on
       if taken:
         self.store.untake(taken, step, self.rules)
       raise

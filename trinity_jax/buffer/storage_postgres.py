@@ -159,6 +159,6 @@ def open_postgres(url: str, *, patience: float, namespace: str) -> PostgresStore
     return PostgresStore(
       Database(parsed, place, patience=patience, namespace=namespace), bell, channel
     )
-  except BaseException:
+  except BaseException:  # its listening thread would outlive the attempt
     bell.close()
     raise
