@@ -11,8 +11,12 @@ import jax
 import pytest
 
 from trinity_jax import build
+from trinity_jax.check import tiny
 from trinity_jax.config import base_config, resolve
-from trinity_jax.errors import UserError
+from trinity_jax.errors import RunFailed, UserError
+from trinity_jax.launch_order import LaunchOrder
+from trinity_jax.models import params as params_lib
+from trinity_jax.models import sharding
 from trinity_jax.monitor.writers import read_jsonl
 from trinity_jax.run import run
 
@@ -101,6 +105,26 @@ def test_a_run_is_the_same_whoever_samples(one_device, tmp_path, mesh, keys):
     assert row["response_length/mean"] == pytest.approx(expected["response_length/mean"])
     assert row["staleness/max"] == 0
   assert rows[-1]["compile/after_warmup"] == 0
+
+
+def test_weights_that_arrive_damaged_at_a_samplers_own_devices(monkeypatch):
+  c = config((4, 1, 1), devices=4, tensor=2)
+  meshes = build.make_meshes(c)
+  model = tiny(c)
+  layout = lambda mesh: sharding.param_shardings(model, mesh)
+  source, own = LaunchOrder(meshes.train), LaunchOrder(meshes.rollout[0])
+  put = jax.device_put
+  published = put(params_lib.init(jax.random.key(0), model), layout(meshes.train))
+  programs = build.make_programs(
+    c, model, meshes.rollout[0], layout(meshes.rollout[0]), own, source=source
+  )
+
+  def damaged(tree, shardings):
+    return put({**tree, "embed": tree["embed"].at[3, 1].add(1e-3)}, shardings)
+
+  monkeypatch.setattr(jax, "device_put", damaged)
+  with pytest.raises(RunFailed, match="weights on the sampler's devices: .*: embed has checksum"):
+    programs.prepare(published)
 
 
 def test_a_cpu_runs_as_several_devices():

@@ -65,6 +65,15 @@ def test_it_casts_and_lays_out_for_the_rollout():
   np.testing.assert_array_equal(np.asarray(out["b"]), np.asarray(state["b"], jnp.bfloat16))
 
 
+def test_a_publish_that_changes_a_weight_stops_and_names_it():
+  sync, mesh = make(sizes=(2, 2, 2))
+  cast = sync._cast
+  sync._cast = lambda p: {**(out := cast(p)), "w": out["w"].at[3, 2].add(1e-3)}
+  with pytest.raises(RunFailed, match=r"version 1 in the rollout layout: .*: w has checksum"):
+    sync.publish(1, params(mesh))
+  assert sync.version == -1, "nobody may take it"
+
+
 def test_versions_only_go_up_and_the_newest_are_kept():
   sync, mesh = make(keep=2)
   assert sync.version == -1

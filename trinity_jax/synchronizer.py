@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trinity_jax.buffer.bell import ThreadBell
+from trinity_jax.checksums import verify
 from trinity_jax.errors import RunFailed
 from trinity_jax.launch_order import LaunchOrder
 
@@ -53,8 +54,20 @@ class Synchronizer:
       return max(self._versions, default=-1)
 
   def publish(self, version: int, params: Any) -> None:
-    """Casts and reshards params to the rollout layout and makes them version `version`."""
+    """Casts and reshards params to the rollout layout and makes them version `version`.
+
+    Raises:
+      RunFailed: what came out has other checksums than what went in; names the tensors.
+      ValueError: the version is not newer than the newest.
+    """
     published = jax.block_until_ready(self._launch(self._cast, params))
+    verify(
+      params,
+      published,
+      what=f"version {version} in the rollout layout",
+      source_launch=self._launch,
+      published_launch=self._launch,
+    )
     with self._lock:
       newest = max(self._versions, default=-1)
       if version <= newest:

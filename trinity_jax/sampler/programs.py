@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trinity_jax.checksums import verify
 from trinity_jax.errors import UserError
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import transformer
@@ -161,8 +162,20 @@ class Programs:
     return self._run("init")
 
   def prepare(self, params: Any) -> Any:
-    """Published params, on this mesh and in the layout of the other programs; a copy."""
+    """Published params, on this mesh and in the layout of the other programs; a copy.
+
+    Raises:
+      RunFailed: the sampler has devices of its own and other values arrived there.
+    """
     placed = self._source(jax.device_put, params, self._published)  # nothing on a shared mesh
+    if self._source is not self._launch:
+      verify(
+        params,
+        placed,
+        what="weights on the sampler's devices",
+        source_launch=self._source,
+        published_launch=self._launch,
+      )
     return self._run("prepare", placed)
 
   def extend(self, params, state, tokens, starts, counts, slots):
