@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from trinity_jax.buffer.record import Store
+from trinity_jax.buffer.store import open_store
 from trinity_jax.monitor.writers import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +81,9 @@ if kind and place == "writer":
 if kind and place == "trainer":
   from trinity_jax.trainer import trainer
   trainer.Trainer.step = broken(trainer.Trainer.step)
+if kind and place == "reward":
+  import tests_reward
+  tests_reward.ones = broken(tests_reward.ones)
 if kind and place == "checkpoint":
   from trinity_jax.trainer import checkpoint
   checkpoint.Checkpointer.save = broken(checkpoint.Checkpointer.save)
@@ -94,6 +99,14 @@ def get_config():
   c.stages = (stage,)
   return c
 """
+POSTGRES = """
+_with_sqlite = get_config
+
+def get_config():
+  c = _with_sqlite()
+  c.buffer.url, c.buffer.namespace = {url!r}, {namespace!r}
+  return c
+"""
 REWARD = '''
 def ones(response, truth, task=None):
   return float(sum(ord(c) % 2 for c in response))
@@ -101,10 +114,19 @@ def ones(response, truth, task=None):
 
 
 class Run:
-  """The same command, as often as it takes."""
+  """The same command, as often as it takes.
 
-  def __init__(self, folder: Path, config: str):
+  Args:
+    folder: for its workdir and its config.
+    config: text of a config file.
+    database: URL of a PostgreSQL server that holds its buffer, "" for a file of its own.
+  """
+
+  def __init__(self, folder: Path, config: str, database: str = ""):
     folder.mkdir(parents=True)
+    self.database, self._namespace = database, f"run{time.monotonic_ns()}"
+    if database:
+      config += POSTGRES.format(url=database, namespace=self._namespace)
     self.workdir, self._log = folder / "run", folder / "log"
     (folder / "short.py").write_text(FAULTS + config)
     (folder / "tests_reward.py").write_text(REWARD)
@@ -138,6 +160,12 @@ class Run:
       time.sleep(0.002)  # another process's files: nothing to wait on
     process.kill()
     process.wait()
+
+  def open_store(self, stage: str) -> Store:
+    """Its buffer's store, as another process would open it."""
+    return open_store(
+      self.database or "sqlite", self.workdir / stage, namespace=f"{self._namespace}_{stage}"
+    )
 
   def steps(self, stage: str) -> list[int]:
     file = self.workdir / stage / "metrics.jsonl"
