@@ -129,7 +129,8 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     keys.set_gnu_getopt(True)
     with _flag_errors(list(own)):
       # New attributes are for arguments such as policy_loss_args.clip_high; check_key has refused
-      # every other new name.
+      # every other new name. A file may have locked them (`with c.unlocked()` does, at its end).
+      values.unlock()
       config_flags.DEFINE_config_dict(
         "config", values, flag_values=keys, sys_argv=rest, lock_config=False,
         accept_new_attributes=True,

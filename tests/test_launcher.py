@@ -79,6 +79,15 @@ def test_overrides_of_every_kind(launch, recipe):
   assert values.stages == ({"name": "a", "trainer.total_steps": 5},)
 
 
+def test_arguments_of_a_config_that_was_unlocked_and_locked_again(launch):
+  """ml_collections' `unlocked()` locks everything at its end, open groups of arguments too."""
+  _, values = launch.parse([
+    "main.py", "--config=configs/algorithms.py:dpo",
+    "--config.algorithm.policy_loss_args.nll_coef=1.0",
+  ])  # fmt: skip
+  assert values.algorithm.policy_loss_args.to_dict() == {"nll_coef": 1.0}
+
+
 def test_a_process_can_parse_twice(launch, recipe):
   for seed in (1, 2):
     _, values = launch.parse(["main.py", f"--config={recipe}", f"--config.seed={seed}"])

@@ -185,7 +185,7 @@ def chord(s, expert="sft_phi"):
   return torch.where(s.expert, sft_phi(s) if expert == "sft_phi" else -s.lp, ppo(s))
 
 
-def dpo(s, beta=0.1, label_smoothing=0.0, variant="paper"):
+def dpo(s, beta=0.1, label_smoothing=0.0, nll_coef=0.0, variant="paper"):
   gain = ((s.lp - s.ref) * s.m).sum(1)
   pairs = []
   for i, j in ((i, j) for i in range(len(gain)) for j in range(len(gain))):
@@ -197,6 +197,7 @@ def dpo(s, beta=0.1, label_smoothing=0.0, variant="paper"):
     x = beta * (d if variant == "paper" else total + len(pairs) * (d - d.detach()))
     f = torch.nn.functional.logsigmoid
     loss = -f(x) * (1 - label_smoothing) - f(-x) * label_smoothing
+    loss = loss - nll_coef * (s.lp * s.m)[i].sum() / s.m[i].sum().clamp(min=1)
     out = out + loss * torch.tensor([[k in (i, j)] for k in range(len(gain))]).to(F64)
   return out
 

@@ -342,6 +342,17 @@ def test_dpo():
   )  # fmt: skip
 
 
+def test_dpo_with_the_likelihood_of_the_chosen():
+  # d = 2 - 0; the chosen response's one token has log p = 2 - 9 = -7: 0.5 x 7 more for the pair.
+  x, arrays = dpo_arrays([2.0, 0.0], [1.0, 0.0], [3, 3])
+  total = lambda x, coef: losses.dpo(x, **arrays, nll_coef=coef)[0].mean()
+  (plain, before), (loss, grad) = (
+    jax.value_and_grad(total)(jnp.asarray(x), coef) for coef in (0.0, 0.5)
+  )
+  close(loss - plain, 3.5, rtol=1e-6)
+  close(grad[:, 0] - before[:, 0], [-0.5, 0.0], rtol=1e-6, atol=1e-7)
+
+
 def test_dpo_as_released_sums_the_margins():
   # Total 2 - 3 = -1: one loss log(1 + e^.1), gradient -+.1 / (1 + e^-.1) to every sequence.
   x, arrays = dpo_arrays([4.0, 2.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.5], [7, 5, 5, 7])
@@ -426,6 +437,7 @@ def test_vmap_over_options():
     ("sft_phi", {"cutoff": 0.0}, "cutoff = 0.0"),
     ("chord", {"expert": "dpo"}, "expert = 'dpo': expected one of sft_phi, sft"),
     ("dpo", {"beta": 0.0}, "beta = 0.0"),
+    ("dpo", {"nll_coef": -1.0}, "nll_coef = -1.0"),
     ("dpo", {"label_smoothing": 1.0}, "label_smoothing = 1.0"),
     ("m2po", {"tau": -1.0}, "tau = -1.0"),
     ("clip-cov", {"cov_ratio": 0.0}, "cov_ratio = 0.0"),

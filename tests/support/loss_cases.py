@@ -57,6 +57,7 @@ CASES = [
   ("chord", {"expert": "sft"}),
   ("dpo", {}),
   ("dpo", {"beta": 0.5, "label_smoothing": 0.1}),
+  ("dpo", {"nll_coef": 0.7}),
   ("dpo", {"variant": "trinity", "label_smoothing": 0.2}),
 ]
 # Every weight with every clip mode, the regularizers in turn.

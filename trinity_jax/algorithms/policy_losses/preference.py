@@ -143,6 +143,7 @@ def dpo(
   *,
   beta: float = 0.1,
   label_smoothing: float = 0.0,
+  nll_coef: float = 0.0,
   variant: str = "paper",
 ) -> Loss:
   """-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) for each pair, e = label_smoothing.
@@ -150,6 +151,10 @@ def dpo(
   d = log pi(chosen)/ref(chosen) - log pi(rejected)/ref(rejected), sums over the responses' tokens.
   DPO, arXiv 2305.18290, eq. 7; smoothing: conservative DPO. Sequences without a partner, or with
   one of equal reward, have loss 0 and count as `dpo/unpaired`.
+
+  The margin alone may grow while both responses lose probability (`dpo/chosen` falls below 0);
+  nll_coef x -log pi(chosen) per token of it, added to the pair's loss, holds the chosen one up
+  (arXiv 2404.19733, eq. 1).
 
   Args:
     logprob: of the policy being trained (differentiated).
@@ -162,6 +167,7 @@ def dpo(
     valid: bool [N], None for all.
     beta: strength of the tie to the reference.
     label_smoothing: probability that a preference is recorded the wrong way round.
+    nll_coef: weight of the chosen response's negative log-likelihood.
     variant: "paper", or "trinity" for `dpo_summed` (by name, in configs and policy_loss()).
 
   Raises:
@@ -169,10 +175,17 @@ def dpo(
   """
   check("beta", beta, POSITIVE)
   check("label_smoothing", label_smoothing, 0.0, 1.0)
+  check("nll_coef", nll_coef, 0.0)
   check_choice("variant", variant, ("paper",))
   pairs = find_pairs(rewards, pair_ids, valid)
   gain, margin = _margins(logprob, ref_logprob, mask, sequence_index, num_sequences, pairs)
-  loss = jnp.where(pairs.paired, _loss(beta * margin, label_smoothing), 0)
+  loss = _loss(beta * margin, label_smoothing)
+  if nll_coef:
+    tokens = sequence_sum(jnp.ones(jnp.shape(mask)), mask, sequence_index, num_sequences)
+    total = sequence_sum(logprob, mask, sequence_index, num_sequences)
+    nll = -total / jnp.maximum(tokens, 1)
+    loss += nll_coef * jnp.where(pairs.chosen, nll, nll[pairs.partner])
+  loss = jnp.where(pairs.paired, loss, 0)
   return to_tokens(loss, mask, sequence_index), _stats(
     gain, margin, pairs, mask, sequence_index, num_sequences, beta
   )
