@@ -110,7 +110,7 @@ def make_buffer(config: Config, schedule: Schedule, directory: Path, start: int)
       directory,
       durability=b.durability,
       shared=config.mode != "both",
-      namespace=f"{b.namespace}_{config.name}",
+      namespace=f"{b.namespace}_{config.name}" if b.namespace else "",
     ),
     capacity=b.capacity or ahead,
     order="priority" if b.priority else "id" if e.deterministic else "ready",

@@ -325,7 +325,9 @@ class BufferConfig:
     choices=("process", "power"),
   )
   namespace: str = key(
-    "trinity", "First part of the PostgreSQL schema's name: runs in one database need one each."
+    "",
+    "First part of the PostgreSQL schema's name, which every process of the run must give alike; "
+    "empty: a name of the run's own, kept in its folder.",
   )
   keep: bool = key(
     False, "Keep what has been trained on, so that the run can be replayed (buffer.replay)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import sqlite3
 import threading
 
@@ -12,7 +13,7 @@ from groups import content, group, keys
 
 from trinity_jax.buffer import schema
 from trinity_jax.buffer.replay import ReplayBuffer
-from trinity_jax.buffer.store import open_store
+from trinity_jax.buffer.store import open_store, own_namespace
 from trinity_jax.errors import UserError
 
 
@@ -129,6 +130,21 @@ def test_processes_that_open_a_new_store_at_once(shared):
   for t in threads:
     t.join(60)
   assert not errors
+
+
+def test_a_folder_has_a_namespace_of_its_own(server, tmp_path):
+  one, again, two = (open_store(server.url, tmp_path / n) for n in ("one", "one", "two"))
+  asyncio.run(buffer_of(one).put(group(1, 0)))
+  assert [s.held(1) for s in (one, again, two)] == [{0}, {0}, set()]
+  for store in (one, again, two):
+    store.close()
+
+
+def test_processes_that_ask_at_once_get_one_namespace(tmp_path):
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    names = set(pool.map(own_namespace, [tmp_path] * 64))
+  assert len(names) == 1
+  assert [p.name for p in tmp_path.iterdir()] == ["buffer.namespace"]
 
 
 def test_namespaces_share_a_server(server, tmp_path):

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import uuid
 from pathlib import Path
 
 from trinity_jax.buffer.bell import FileBell, ThreadBell
 from trinity_jax.buffer.record import Store
 from trinity_jax.buffer.storage_memory import MemoryStore
 from trinity_jax.errors import UserError
+
+
+def own_namespace(directory: Path) -> str:
+  """A name that no other folder has; the same for every process that asks."""
+  path = directory / "buffer.namespace"
+  if not path.exists():
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f"trinity_{uuid.uuid4().hex[:16]}"
+    part = path.with_name(f"{path.name}.{name}")
+    part.write_text(name)
+    with contextlib.suppress(FileExistsError):  # another process was first
+      os.link(part, path)
+    part.unlink()
+  return path.read_text()
 
 
 def open_store(
@@ -17,7 +34,7 @@ def open_store(
   durability: str = "process",
   patience: float = 60.0,
   shared: bool = True,
-  namespace: str = "trinity",
+  namespace: str = "",
 ) -> Store:
   """The groups, uses and claims of one run.
 
@@ -29,7 +46,7 @@ def open_store(
     shared: SQLite: whether other processes are told, and heard, when something changes.
     patience: seconds to try again when the database is cut off or locked.
     namespace: PostgreSQL schema that holds the tables: runs (and stages) of one database need one
-      each.
+      each. Empty: one that `directory` alone has, kept in directory/buffer.namespace.
 
   Raises:
     UserError: another kind of URL, a store of a newer schema, a file that is no database, or a
@@ -56,7 +73,9 @@ def open_store(
   if kind == "postgresql":
     from trinity_jax.buffer.storage_postgres import open_postgres
 
-    return open_postgres(url, patience=patience, namespace=namespace)
+    return open_postgres(
+      url, patience=patience, namespace=namespace or own_namespace(Path(directory))
+    )
   path = Path(rest.removeprefix("/")) if rest else Path(directory) / "buffer.sqlite"
   path.parent.mkdir(parents=True, exist_ok=True)
   return SqlStore(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import inspect
@@ -16,6 +15,7 @@ from trinity_jax.explorer.rewards.arithmetic import arithmetic_reward
 from trinity_jax.explorer.rewards.countdown import countdown_reward
 from trinity_jax.explorer.rewards.format import format_reward
 from trinity_jax.explorer.rewards.math import math_reward, math_reward_async
+from trinity_jax.explorer.threads import in_thread
 
 if TYPE_CHECKING:
   from trinity_jax.experience import Task
@@ -125,7 +125,7 @@ class Reward:
         return await part.coroutine(response, truth, task)
       if part.inline:
         return part.function(response, truth, task)
-      return await asyncio.to_thread(part.function, response, truth, task)
+      return await in_thread(part.function, response, truth, task)
 
     return self._sum([await run(part) for part in self.parts])
 
