@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -55,4 +56,7 @@ def test_two_explorers_learn_as_well(tmp_path, killed):
     evaluated |= {r["step"]: r["eval/accuracy"] for r in read_jsonl(file)}
   print({step: evaluated[step] for step in sorted(evaluated)})
   assert evaluated[25] >= 0.9
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["accuracy_final"] == evaluated[25]
+  assert 0.15 <= summary["accuracy_after_sft"] <= 0.65
   assert max(r["staleness/max"] for r in rows()) <= 1

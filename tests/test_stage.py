@@ -165,7 +165,7 @@ def test_lag_needs_a_ratio():
 
 
 def test_result_of_a_stage(tmp_path):
-  result = StageResult("grpo", "/m", False, 0.5)
+  result = StageResult("grpo", "/m", False)
   write_stage_result(tmp_path / "stage.json", result, 12.0)
   assert read_stage_result(tmp_path / "stage.json") == result
   assert json.loads((tmp_path / "stage.json").read_text())["seconds"] == 12.0

@@ -94,6 +94,7 @@ def explore(config: Config, workdir: Path) -> dict[str, Any]:
       alone = find_row(stage.algorithm.name).supervised or stage.buffer.replay
       if not alone and not (directory / "stage.json").exists():
         explore_stage(stage, directory, timeline, shown, preemption)
+    add_evaluations(config, workdir.absolute())
   return {}
 
 
@@ -182,18 +183,11 @@ def _as_json(config: Config) -> dict[str, Any]:
 
 def summarise(config: Config, workdir: Path, results: list, seconds: float, compiles):
   """Writes summary.json from the stages' metrics."""
-  from trinity_jax.algorithms.algorithm import find_row
   from trinity_jax.monitor.summary import peak_rss_mb, worst, write_summary
-  from trinity_jax.monitor.writers import FILE, read_jsonl
 
-  rows, after_sft = [], None
-  for stage, result in zip(stage_configs(config), results):
-    rows += read_jsonl(stage_directory(config, workdir, stage) / FILE)
-    if find_row(stage.algorithm.name).supervised:
-      after_sft = result.accuracy
+  rows = [row for stage in stage_configs(config) for row in _rows(config, workdir, stage)]
   values = {
-    "accuracy_after_sft": after_sft,
-    "accuracy_final": results[-1].accuracy,
+    **accuracies(config, workdir),
     "wall_seconds": seconds,
     "logprob_diff_p999": worst(rows, "logprob_diff/p999"),
     "logprob_diff_max": worst(rows, "logprob_diff/max"),
@@ -206,6 +200,42 @@ def summarise(config: Config, workdir: Path, results: list, seconds: float, comp
   }
   write_summary(workdir, values)
   return values
+
+
+def _rows(config: Config, workdir: Path, stage: Config) -> list[dict[str, Any]]:
+  from trinity_jax.monitor.writers import FILE, read_stage
+
+  return read_stage(stage_directory(config, workdir, stage) / FILE)
+
+
+def accuracies(config: Config, workdir: Path) -> dict[str, float | None]:
+  """Held-out accuracy of the last version of the last stage, and of the last supervised one."""
+  from trinity_jax.algorithms.algorithm import find_row
+  from trinity_jax.monitor.summary import last
+
+  after_sft = final = None
+  for stage in stage_configs(config):
+    done = [
+      r for r in _rows(config, workdir, stage) if r["step"] == stage.trainer.total_steps
+    ]
+    final = last(done, "eval/accuracy")
+    if find_row(stage.algorithm.name).supervised:
+      after_sft = final
+  return {"accuracy_after_sft": after_sft, "accuracy_final": final}
+
+
+def add_evaluations(config: Config, workdir: Path) -> None:
+  """Adds what an explorer's process found to the summary and the curves of a trainer that is done.
+
+  The last version is evaluated after the trainer has ended; a summary that is not there yet will
+  find the evaluation.
+  """
+  from trinity_jax.monitor import summary
+
+  if (workdir / summary.FILE).exists():
+    found = summary.read_summary(workdir) | accuracies(config, workdir)
+    summary.write_summary(workdir, found)
+    draw_curves(config, workdir)
 
 
 def draw_curves(config: Config, workdir: Path) -> str:

@@ -55,7 +55,6 @@ class StageResult:
   name: str
   model: str  # Hugging Face folder, "" when save_hf is never
   resumed: bool
-  accuracy: float | None  # held-out, of the last version
 
 
 class Stage:
@@ -220,7 +219,7 @@ class Stage:
     model = ""
     if c.trainer.save_hf != "never":
       model = str(self.save_model())
-    return StageResult(c.name, model, self.resumed, self._evaluated.get(total))
+    return StageResult(c.name, model, self.resumed)
 
   def _sample(self, source: Source) -> list[Experience]:
     """The next step's experiences; when the run is asked to end, saves it and raises Preempted."""

@@ -59,6 +59,17 @@ def test_two_files_and_ranges(tmp_path):
     plots.curves_png([a, b], tmp_path / "o.png", stages=["SFT"])
 
 
+def test_what_explorers_wrote_is_drawn_too(tmp_path):
+  path = write(tmp_path / "metrics.jsonl", [(s, {"reward/mean": 0.1}) for s in (1, 2, 3)])
+  for name, step in (("a", 3), ("b", 1)):
+    (tmp_path / "explorers" / name).mkdir(parents=True)
+    write(tmp_path / "explorers" / name / "metrics.jsonl", [(step, {"eval/accuracy": step / 4})])
+  found = plots._stages([path], None)
+  assert plots._series(found, "eval/accuracy") == [([0.0, 1.0], [0.25, 0.75])]
+  plots.curves_png(path, tmp_path / "o.png")
+  assert not list(tmp_path.glob("o.png.*"))
+
+
 def test_resume_and_nonfinite(tmp_path):
   path = write(tmp_path / "m", [(1, {"loss": 5.0}), (2, {"loss": math.nan}), (1, {"loss": 6.0}),
                                 (3, {"loss": math.inf, "eval/heldout/accuracy": 0.25})])

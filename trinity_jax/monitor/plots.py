@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trinity_jax.errors import UserError
-from trinity_jax.monitor.writers import read_jsonl
+from trinity_jax.monitor.writers import read_stage
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -48,7 +49,8 @@ def curves_png(paths: str | Path | Sequence[str | Path], out_path: str | Path, *
   would be a sliver behind 300 of SFT. Ticks are the steps of the rows.
 
   Args:
-    paths: metrics.jsonl of the run, or one file per stage.
+    paths: metrics.jsonl of the run, or one file per stage; what explorers' processes wrote beside
+      it is drawn too.
     out_path: the PNG, 1200 x 500 pixels.
     title: above the figure.
     stages: names, one per file; or, for a single file, names by the rows' `stage` metric, or
@@ -79,7 +81,10 @@ def curves_png(paths: str | Path | Sequence[str | Path], out_path: str | Path, *
     loss.tick_params(labelbottom=False)
     if title:
       figure.suptitle(_plain(title), fontsize=14, fontweight="bold")
-    figure.savefig(out_path, dpi=_DPI, format="png", metadata={"Software": None})
+    # Several processes of a run may draw at once.
+    part = Path(f"{out_path}.{os.getpid()}")
+    figure.savefig(part, dpi=_DPI, format="png", metadata={"Software": None})
+    part.replace(out_path)
   return Path(out_path)
 
 
@@ -92,7 +97,7 @@ def _plain(text: str) -> str:
 
 
 def _stages(paths: list[str | Path], names: Any) -> list[Stage]:
-  files = [read_jsonl(path) for path in paths]
+  files = [read_stage(path) for path in paths]
   if len(files) > 1:
     labels = list(names) if names is not None else [f"stage {i + 1}" for i in range(len(files))]
     if len(labels) != len(files):

@@ -154,6 +154,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
+def read_stage(path: str | Path) -> list[dict[str, Any]]:
+  """The rows of a stage's metrics.jsonl and those of its explorers' processes, by step.
+
+  Raises:
+    UserError: as `read_jsonl`.
+  """
+  rows = read_jsonl(path)
+  for other in sorted(Path(path).parent.glob(f"explorers/*/{FILE}")):
+    rows += read_jsonl(other)
+  return sorted(rows, key=lambda row: row["step"])
+
+
 class TensorBoardWriter:
   """Event files for TensorBoard, through tensorboardX.
 
