@@ -4,6 +4,8 @@ Names:
   algorithms  every algorithm of the table by its name, from one SFT checkpoint of the quickstart:
               held-out accuracy after 30 steps, and once with the advantages' sign turned;
               supervised ones: the held-out loss before and after
+  schedules   GRPO by each schedule of configs/asynchrony.py, at equal samples: held-out accuracy,
+              and how old the tokens were
   staleness   what rollouts of older policies do: a plain policy gradient, PPO's clip, truncated
               importance sampling and decoupled PPO at a staleness of 0, 2, 8 and 16 versions
 
@@ -123,6 +125,37 @@ def _yes(row: Mapping[str, Any]) -> str:
   return "yes" if row["learned"] else "no"
 
 
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def schedules(workdir: Path) -> list[dict[str, Any]]:
+  """One row per schedule: held-out accuracy and mean staleness of each seed."""
+  model, before = sft_checkpoint(workdir)
+  rows = []
+  for name in runpy.run_path(str(CONFIGS / "asynchrony.py"))["SCHEDULES"]:
+    row: dict[str, Any] = {"schedule": name, "before": before, "after": [], "staleness": []}
+    for seed in _SEEDS.value:
+      config: Any = load_config(f"{CONFIGS / 'asynchrony.py'}:{name}")
+      config.model.path, config.seed = model, int(seed)
+      folder = workdir / "schedules" / f"{name}-{seed}"
+      row["after"].append(execute(config, folder)["accuracy_final"])
+      lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+      lags = [r["staleness/mean"] for r in lines if "staleness/mean" in r]
+      row["staleness"].append(sum(lags) / len(lags))
+    print(json.dumps(row), flush=True)
+    rows.append(row)
+  return rows
+
+
+def schedules_table(rows: Sequence[Mapping[str, Any]]) -> str:
+  lines = ["| schedule | before | after, by seed | mean staleness |", "|---|---|---|---|"]
+  for r in rows:
+    after = ", ".join(f"{a:.3f}" for a in r["after"])
+    lag = sum(r["staleness"]) / len(r["staleness"])
+    lines.append(f"| {r['schedule'].replace('_', '-')} | {r['before']:.3f} | {after} | {lag:.2f} |")
+  return "\n".join(lines)
+
+
 # --- rollouts of older policies -------------------------------------------------------------------
 
 
@@ -187,6 +220,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 STUDIES = {
   "algorithms": (algorithms, algorithms_table),
+  "schedules": (schedules, schedules_table),
   "staleness": (staleness, staleness_table),
 }
 

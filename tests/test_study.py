@@ -52,3 +52,13 @@ def test_staleness(tmp_path):
   middle = {(r["loss"], r["staleness"]): sorted(r["after"])[1] for r in rows}
   assert len(middle) == 16 and (tmp_path / "staleness.png").stat().st_size > 0
   assert all(middle[loss, 0] >= rows[0]["before"] + 0.1 for loss, _ in middle)
+
+
+@pytest.mark.nightly
+def test_schedules(tmp_path):
+  """Three seeds each: asynchrony may cost a little at equal samples, not the learning."""
+  rows = study("schedules", tmp_path, timeout=6 * 3600)
+  assert [r["schedule"] for r in rows][0] == "on_policy" and len(rows) == 4
+  for row in rows:
+    assert sorted(row["after"])[1] >= row["before"] + 0.2, row
+  assert min(rows[-1]["staleness"]) > 0, "fully asynchronous runs train on older tokens"
