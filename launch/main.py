@@ -14,8 +14,9 @@
   --verbosity=N           what libraries log: -1 warnings (default), 0 information, 1 debugging
   --help                  prints this
 
-Exit codes: 0 done, 1 a mistake in what was given (one line on stderr), 3 a run that had to stop,
-75 asked to end by SIGTERM, everything is saved. The same command continues a run after 3 and 75.
+Exit codes: 0 done, 1 a mistake in what was given (one line on stderr) or a bug (a traceback), 3 a
+run that had to stop, 75 asked to end by SIGTERM, everything is saved. The same command continues a
+run after any of them.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ ONE_PROCESS = [
   ("terminate", {EXIT_CODE, -signal.SIGTERM}),  # the latter before anything was imported
   ("raise:sampler", {3}),
   ("hang:sampler", {3}),
-  ("raise:writer", {3}),
+  ("raise:writer", {1}),
   ("hang:writer", {3}),
   ("raise:trainer", {1}),
   ("enospc:checkpoint", {1, 3}),
