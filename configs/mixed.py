@@ -3,7 +3,9 @@
 python launch/main.py --config=configs/mixed.py --workdir=runs/mixed
 
 SFT on demonstrations that all forget the carry, then MIX: GRPO on the rollouts of 64 tasks and
-maximum likelihood on 128 demonstrations in each step. FIGURES
+maximum likelihood on 128 demonstrations in each step. About 2 minutes on 2 CPU cores. Held-out
+accuracy 0.56 -> 0.875 in 60 steps. The rollouts alone (configs/mixed.py:grpo) hold no right answer
+where there is a carry: 0.56 -> 0.595, after a dip to 0.36.
 """
 
 import runpy

@@ -34,7 +34,8 @@ class Watchdog:
     deadline: seconds without progress.
     report: file that gets the stacks of all threads.
     on_stall: called with what to raise; everyone who waits should fail with it.
-    grace: seconds after which a process that still has not ended is ended hard.
+    grace: seconds after which a process that still has not ended is ended hard (None: another
+      deadline, between 10 s and a minute).
   """
 
   def __init__(
@@ -44,10 +45,11 @@ class Watchdog:
     report: Path,
     on_stall: Callable[[RunFailed], None],
     *,
-    grace: float = 60.0,
+    grace: float | None = None,
   ):
     self._timeline, self._deadline, self._report = timeline, deadline, report
-    self._on_stall, self._grace = on_stall, grace
+    self._on_stall = on_stall
+    self._grace = min(max(deadline, 10.0), 60.0) if grace is None else grace
     self._stopped = threading.Event()
     self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
