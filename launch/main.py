@@ -8,6 +8,7 @@
         explore           only samples, for the trainer of the same --workdir; as many as you like,
                           each with its own --config.explorer.name
         bench             evaluates every checkpoint of --workdir on every held-out set
+        debug             one task (--task=N) through the workflow once, everything printed
         check             validates, prints data, shapes and memory per device, runs nothing
         keys              prints every config key: default, limits, meaning
   --debug                 prints tracebacks of user errors too
@@ -47,6 +48,7 @@ def own_flags() -> flags.FlagValues:
   flags.DEFINE_string("config", None, "Config file.", flag_values=values)
   flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
   flags.DEFINE_enum("mode", None, MODES, "What to do.", flag_values=values)
+  flags.DEFINE_integer("task", 0, "Task of --mode=debug.", lower_bound=0, flag_values=values)
   flags.DEFINE_bool("debug", False, "Print tracebacks of user errors.", flag_values=values)
   flags.DEFINE_integer("verbosity", -1, "What libraries log.", flag_values=values)
   flags.DEFINE_bool("help", False, "Print the usage.", short_name="h", flag_values=values)
@@ -171,6 +173,11 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
     from trinity_jax.bench import bench
 
     bench(config, own["workdir"].value)
+    return
+  if config.mode == "debug":
+    from trinity_jax.debugging import debug
+
+    debug(config, own["workdir"].value, own["task"].value)
     return
   from trinity_jax.run import run
 

@@ -23,7 +23,7 @@ def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None
   return dataclasses.field(default=default, metadata=meta)
 
 
-MODES = ("both", "explore", "train", "bench", "check")
+MODES = ("both", "explore", "train", "bench", "debug", "check")
 
 
 @dataclasses.dataclass(frozen=True)
