@@ -87,6 +87,15 @@ class ExplorerConfig:
     1800.0, "Seconds one run may take, its time in the sampler not counted.", above=0
   )
   max_retries: int = key(1, "How often a run that raised is tried again.", low=0)
+  retry_on: tuple = key(
+    (), "Names of the exceptions that are tried again, those derived from them included; () all."
+  )
+  quarantine: int = key(
+    3,
+    "A task whose groups failed whole so often in a row is not run any more by this process; its "
+    "groups are empty. 0 never.",
+    low=0,
+  )
   max_failed_steps: int = key(
     3, "Steps in a row in which every run failed before the program stops.", low=1
   )

@@ -27,6 +27,7 @@ class StopReason(enum.IntEnum):
   ABORTED = 5  # cancelled by us
   PROMPT_TOO_LONG = 6
   DEMONSTRATION = 7  # not sampled: an expert or a human wrote it
+  QUARANTINED = 8  # not run: its task had failed too often
 
   @property
   def failed(self) -> bool:
@@ -36,6 +37,7 @@ class StopReason(enum.IntEnum):
       StopReason.ERROR,
       StopReason.ABORTED,
       StopReason.PROMPT_TOO_LONG,
+      StopReason.QUARANTINED,
     )
 
 

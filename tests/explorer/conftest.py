@@ -77,7 +77,7 @@ class World:
     params = SamplingParams(temperature, RESPONSE)
     return Model(sampler, self.tokenizer, id, seed, params, PROMPT)
 
-  def run(self, sampler, workflow, tasks, *, grade=None, timeout=WAIT, retries=0):
+  def run(self, sampler, workflow, tasks, *, grade=None, timeout=WAIT, retries=0, retry_on=()):
     """One run per task, all at once; returns their experiences."""
 
     async def ones(response, task):
@@ -86,6 +86,7 @@ class World:
     runner = Runner(
       workflow, grade or ones, lambda id: self.model(sampler, id), lambda _: sampler.leave(),
       lambda _: contextlib.nullcontext(), timeout=timeout, retries=retries,
+      retry_on=retry_on,
     )  # fmt: skip
 
     async def main():

@@ -55,6 +55,31 @@ def test_steps_of_one_version_run_side_by_side(world, workflow):
   assert most[0] == 3
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_task_that_always_fails_is_not_run_for_ever(world, workflow, deterministic):
+  """After two groups that failed whole; a task of which one run ends well is not touched."""
+  calls = []
+
+  async def breaks(task, model):
+    if task.index == 2 or (task.index == 4 and model.id.run == 0):
+      calls.append(task.index)
+      raise ValueError("this row is broken")
+    await model.chat(task.messages)
+
+  workflow(breaks)
+  settings = {"explorer.quarantine": 2, "explorer.deterministic": deterministic}
+  with world.sampler(version=None, deterministic=deterministic) as sampler:
+    rig = Rig(world, sampler, config_of(world, tasks=7, offset=1, **settings))
+    steps = rig.go(1, 6)
+  found = [e for step in steps for e in step if e.info["task"] == 2]
+  reasons = [e.stop_reason for e in sorted(found, key=lambda e: e.id)]
+  ran = reasons.count(StopReason.ERROR)
+  assert ran == calls.count(2) in (4, 6), "a step that ran beside the second failure may come yet"
+  assert reasons == [StopReason.ERROR] * ran + [StopReason.QUARANTINED] * (12 - ran)
+  assert "explorer.quarantine" in found[-1].info["error"]
+  assert calls.count(4) == 6
+
+
 def test_a_synchronous_run_is_bit_identical_whatever_the_timing(world, workflow):
   rng = np.random.default_rng()
 

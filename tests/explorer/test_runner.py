@@ -158,6 +158,20 @@ def test_retries_use_a_fresh_model_and_are_counted(world):
   assert out[3].stop_reason is StopReason.ERROR and out[3].info["attempts"] == 3
 
 
+def test_only_errors_that_may_go_away_are_tried_again(world):
+  calls = []
+
+  async def breaks(task, model):
+    calls.append(task.index)
+    raise (ConnectionResetError, KeyError, UnicodeError)[task.index]("broken")
+
+  with world.sampler() as sampler:
+    tasks = [world.task(i) for i in range(3)]
+    out = world.run(sampler, breaks, tasks, retries=2, retry_on=("OSError", "UnicodeError"))
+  assert [calls.count(i) for i in range(3)] == [3, 1, 3]  # a reset connection is an OSError
+  assert [e.info["attempts"] for e in out] == [3, 1, 3]
+
+
 def test_a_grader_that_fails_once_is_asked_again_about_the_same_response(world):
   asked, graded = [], []
 

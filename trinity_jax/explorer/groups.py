@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trinity_jax.config import Config
-from trinity_jax.experience import Experience, ExperienceId, Task
+from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer.runner import Grade, Runner
 from trinity_jax.explorer.workflow import Model, SamplingParams, find_workflow
 from trinity_jax.models.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ class Groups:
     self._engine, self._tokenizer, self._span = engine, tokenizer, span
     self._greedy_first = greedy_first
     self._open: set[ExperienceId] = set()
+    self._failures: dict[tuple[str, int], int] = {}  # task -> groups in a row that failed whole
     self._completed: tuple[int, float] = (0, 0.0)  # runs, and their seconds outside the sampler
 
   def runner(self, workflow: str, grade: Grade, params: SamplingParams, stream: int) -> Runner:
@@ -65,6 +66,7 @@ class Groups:
       self._span,
       timeout=self._timeout() if stream == TRAIN_STREAM else c.explorer.run_timeout,
       retries=c.explorer.max_retries,
+      retry_on=c.explorer.retry_on,
     )
 
   def _timeout(self) -> float:
@@ -86,6 +88,9 @@ class Groups:
     self, runner: Runner, task: Task, ids: Sequence[ExperienceId]
   ) -> list[Experience]:
     """The runs of one announced group; failed ones are values."""
+    name = (task.taskset, task.index)
+    if not task.is_eval and self._is_quarantined(name):
+      return [self._not_run(task, id) for id in ids]
     self._open.update(ids)
 
     async def one(id: ExperienceId) -> Experience:
@@ -97,11 +102,27 @@ class Groups:
     async with asyncio.TaskGroup() as runs:
       started = [runs.create_task(one(id)) for id in ids]
     out = [t.result() for t in started]
+    if any(not e.stop_reason.failed for e in out):
+      self._failures.pop(name, None)
+    else:
+      self._failures[name] = self._failures.get(name, 0) + 1
     for e in out:
       if not e.stop_reason.failed:
         count, seconds = self._completed
         self._completed = count + 1, seconds + e.metrics.get("environment_seconds", 0.0)
     return out
+
+  def _is_quarantined(self, name: tuple[str, int]) -> bool:
+    most = self.config.explorer.quarantine
+    return bool(most) and self._failures.get(name, 0) >= most
+
+  def _not_run(self, task: Task, id: ExperienceId) -> Experience:
+    self._engine.member((TRAIN_STREAM, *id)).leave()
+    error = (
+      f"task {task.index} of {task.taskset} failed whole in {self.config.explorer.quarantine} "
+      "groups in a row (explorer.quarantine)"
+    )
+    return Experience.failed(id, StopReason.QUARANTINED, {"error": error, "task": task.index})
 
   def describe(self) -> str:
     """Which runs are open, for the message of a wait that expired."""

@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from trinity_jax.errors import RunFailed
@@ -23,6 +23,9 @@ T = TypeVar("T")
 class _Raised(Exception):
   """Every attempt raised; the cause is what the last one raised."""
 
+  def __init__(self, attempts: int):
+    self.attempts = attempts
+
 
 class Runner:
   """Runs workflows with a deadline and retries.
@@ -36,6 +39,7 @@ class Runner:
       deterministic admission holds every run back while one hangs, and only that one may expire.
     retries: further attempts after an exception, for the workflow and for the grading. A response
       that cannot be graded is not sampled again: its keys would give the same tokens.
+    retry_on: names of the exception classes (bases included) that are worth one; empty: all.
   """
 
   def __init__(
@@ -48,10 +52,11 @@ class Runner:
     *,
     timeout: float,
     retries: int,
+    retry_on: Collection[str] = (),
   ):
     self._workflow, self._grade, self._new_model = workflow, grade, new_model
     self._leave, self._span = leave, span
-    self._timeout, self._retries = timeout, retries
+    self._timeout, self._retries, self._retry_on = timeout, retries, frozenset(retry_on)
 
   async def run(self, task: Task, id: ExperienceId) -> Experience:
     """Returns an experience; a failed one says why in stop_reason and info.
@@ -121,9 +126,13 @@ class Runner:
         # An agent's, environment's or reward's bug is a value, not our end.
         if _cancelled():  # by the deadline or at the end, whatever the workflow made of it
           raise asyncio.CancelledError from e
-        if used == self._retries:
-          raise _Raised from e
+        if used == self._retries or not self._worth_another(e):
+          raise _Raised(used + 1) from e
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+  def _worth_another(self, error: BaseException) -> bool:
+    names = {c.__name__ for c in type(error).__mro__}
+    return not self._retry_on or bool(names & self._retry_on)
 
   def _error_info(self, raised: _Raised, task: Task) -> dict[str, Any]:
     e = raised.__cause__
@@ -133,7 +142,7 @@ class Runner:
       "type": type(e).__name__,
       "traceback": "".join(traceback.format_exception(e, limit=-8)),
       "task": task.index,
-      "attempts": self._retries + 1,
+      "attempts": raised.attempts,
     }
 
 
