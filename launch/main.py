@@ -177,7 +177,7 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
   if config.mode == "debug":
     from trinity_jax.debugging import debug
 
-    debug(config, own["workdir"].value, own["task"].value)
+    debug(config, own["workdir"].value, own["task"].value or 0)
     return
   from trinity_jax.run import run
 
