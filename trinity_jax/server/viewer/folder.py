@@ -1,0 +1,169 @@
+"""A run's folder as the viewer sees it: its stages, their curves, their tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trinity_jax.errors import UserError
+from trinity_jax.monitor.writers import FILE as METRICS
+from trinity_jax.monitor.writers import read_stage
+from trinity_jax.server.viewer.index import FILE as BUFFER
+from trinity_jax.server.viewer.index import Index
+
+POINTS = 600  # of a curve that are sent at most
+WATCHED = (METRICS, BUFFER, f"{BUFFER}-wal", "stage.json")  # files whose changes the page shows
+
+
+class Folder:
+  """Reads a run.
+
+  Args:
+    workdir: what the launcher was given as --workdir, or one stage's folder.
+    tokenizer: HF folder whose tokenizer.json turns ids into text; "" looks for the run's own.
+
+  Raises:
+    UserError: no such folder, or no such tokenizer.
+  """
+
+  def __init__(self, workdir: str | Path, tokenizer: str | Path = ""):
+    self.path = Path(workdir).resolve()
+    if not self.path.is_dir():
+      raise UserError(f"--workdir={workdir}: is no folder; name the folder a run writes to")
+    self._tokenizer = Path(tokenizer) if tokenizer else None
+    if self._tokenizer and not (self._tokenizer / "tokenizer.json").is_file():
+      raise UserError(f"--tokenizer={tokenizer}: has no tokenizer.json; name an HF model folder")
+    self._lock = threading.Lock()
+    self._indices: dict[str, Index] = {}
+    self._loaded: dict[Path, Any] = {}
+
+  def stages(self) -> list[str]:
+    """Names of the stages so far, in the order they began; "." for a folder that is one."""
+    if _is_stage(self.path):
+      return ["."]
+    found = [p for p in self.path.iterdir() if p.is_dir() and _is_stage(p)]
+    return [p.name for p in sorted(found, key=_began)]
+
+  def stage(self, name: str) -> Path:
+    """Its folder. Only names that `stages` gives are looked up, so no path leads elsewhere."""
+    known = self.stages()
+    if name not in known:
+      raise UserError(
+        f"stage {name[:80]!r} does not exist; there are: {', '.join(known) or 'none'}"
+      )
+    return self.path / name
+
+  def index(self, name: str) -> Index:
+    path = self.stage(name) / BUFFER
+    with self._lock:
+      return self._indices.setdefault(name, Index(path))
+
+  def describe(self, name: str) -> dict[str, Any]:
+    """What the page says of a stage: counts, and why rollouts are missing."""
+    folder = self.stage(name)
+    counts = self.index(name).refresh()
+    finished = (folder / "stage.json").is_file()
+    return {
+      "name": name,
+      "finished": finished,
+      "has_buffer": (folder / BUFFER).is_file(),
+      "note": _note(counts, (folder / BUFFER).is_file()),
+      **counts,
+    }
+
+  def curves(self, name: str, names: Sequence[str]) -> dict[str, Any]:
+    """All metric names, and [[step, value], ...] of those asked for (at most POINTS each).
+
+    A longer curve is thinned by taking the extremes of each span, so that a spike stays visible.
+    """
+    file = self.stage(name) / METRICS
+    rows = read_stage(file) if file.is_file() else []
+    known = sorted({k for row in rows for k, v in row.items() if _number(v)} - {"step", "time"})
+    series = {}
+    for metric in names:
+      points = [[r["step"], r[metric]] for r in rows if _number(r.get(metric))]
+      series[metric] = _thin(points, POINTS)
+    return {"names": known, "series": series, "rows": len(rows)}
+
+  def pieces(self, name: str, ids: Sequence[int]) -> tuple[list[str] | None, str]:
+    """The text of each token, and where the tokenizer was found; (None, "") without one."""
+    for folder in self._tokenizers(name):
+      inner = self._load(folder)
+      return [inner.decode([int(i)], skip_special_tokens=False) for i in ids], str(folder)
+    return None, ""
+
+  def _tokenizers(self, name: str) -> list[Path]:
+    if self._tokenizer:
+      return [self._tokenizer]
+    places = [self.stage(name) / "hf", self.path / "model", self.path.parent / "model"]
+    for config in (self.path / "config.json", self.path.parent / "config.json"):
+      if config.is_file():
+        path = _configured_model(config)
+        places += [Path(path)] if path else []
+    return [p for p in places if (p / "tokenizer.json").is_file()]
+
+  def _load(self, folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    with self._lock:
+      if folder not in self._loaded:
+        try:
+          self._loaded[folder] = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:  # the library raises plain Exceptions
+          raise UserError(f"{folder}/tokenizer.json: unreadable tokenizer: {e}") from e
+      return self._loaded[folder]
+
+
+def _is_stage(folder: Path) -> bool:
+  return (folder / METRICS).is_file() or (folder / BUFFER).is_file()
+
+
+def _began(folder: Path) -> tuple[float, str]:
+  """Time of the first row of metrics, and the name among those that have none yet."""
+  try:
+    with open(folder / METRICS, "rb") as file:
+      return float(json.loads(file.readline())["time"]), folder.name
+  except (OSError, ValueError, KeyError, TypeError):
+    return math.inf, folder.name
+
+
+def _note(counts: dict[str, int], has_buffer: bool) -> str:
+  if not has_buffer:
+    return (
+      "No rollouts on disk: this stage samples nothing, or keeps its buffer in memory or in "
+      "PostgreSQL (the viewer reads SQLite)."
+    )
+  if counts["deleted"]:
+    return (
+      f"{counts['deleted']} of {counts['groups']} groups were trained on or dropped and their "
+      "rollouts deleted; run with --config.buffer.keep=True to keep them."
+    )
+  return ""
+
+
+def _number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _thin(points: list[list[float]], most: int) -> list[list[float]]:
+  if len(points) <= most:
+    return points
+  span = math.ceil(2 * len(points) / most)
+  out = []
+  for i in range(0, len(points), span):
+    part = points[i : i + span]
+    ends = {id(p): p for p in (min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1]))}
+    out += sorted(ends.values())
+  return out
+
+
+def _configured_model(config: Path) -> str:
+  try:
+    path = json.loads(config.read_bytes())["model"]["path"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return ""
+  return path if isinstance(path, str) else ""
