@@ -162,6 +162,8 @@ class Rollouts(Source):
     if self.engine is not None and self.explorer is not None:
       out["queue/regenerated"] = self.explorer.regenerated["same"]
       out["queue/regenerated_otherwise"] = self.explorer.regenerated["different"]
+      if (lag := self.explorer.loop_lag.take()) is not None:
+        out["event_loop_lag/p99"] = lag
       now = self.engine.stats
       out |= sampler_metrics({k: v - self._stats.get(k, 0) for k, v in now.items()})
       out |= self.engine.metrics()

@@ -23,6 +23,7 @@ from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
 from trinity_jax.explorer.runner import Grade, Runner
 from trinity_jax.explorer.workflow import SamplingParams
 from trinity_jax.models.tokenizer import Tokenizer
+from trinity_jax.monitor.loop_lag import LoopLag
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.schedule import Schedule
 from trinity_jax.tasks.taskset import Taskset
@@ -98,6 +99,7 @@ class Explorer:
     self._failure: BaseException | None = None
     self._changed = asyncio.Event()
     self.regenerated = {"same": 0, "different": 0}  # groups that were stored before a restart
+    self.loop_lag = LoopLag()
 
   # --- rollouts ----------------------------------------------------------------------------------
 
@@ -116,9 +118,10 @@ class Explorer:
     for task in background:
       task.add_done_callback(self._ended)
     try:
-      while (claim := await self._claim()) is not None and await self._admit(claim, total):
-        self._start(claim)
-      await self._finish_evaluation()
+      with self.loop_lag.running():
+        while (claim := await self._claim()) is not None and await self._admit(claim, total):
+          self._start(claim)
+        await self._finish_evaluation()
     finally:
       unsubscribe()
       await cancelled([*background, *self._taken_over, *self._in_flight])
