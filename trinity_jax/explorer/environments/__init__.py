@@ -1,0 +1,1 @@
+"""What an agent acts upon: text environments, games, tools, documents and a sandbox for code."""
