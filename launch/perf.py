@@ -13,6 +13,8 @@ Names:
            with nothing and with 80 % masked
   rft      speed-up of one-step-off and fully asynchronous training over on-policy training on
            traces of environment latencies, beside the bound that no schedule can beat
+  agents   many episodes at once that wait for their environments: against batches with a barrier,
+           and how late the event loop runs
   buffer   the replay buffer in SQLite and PostgreSQL: experiences of 4096 tokens a second in and
            out, and how put and sample grow up to --held experiences
 
@@ -30,6 +32,7 @@ from pathlib import Path
 
 from absl import app, flags
 from benchmark import CPU_DEVICES, Row
+from perf_agents import bench_agents
 from perf_buffer import bench_buffer
 from perf_decode import bench_decode
 from perf_loss import bench_loss
@@ -47,6 +50,7 @@ COMMANDS: dict[str, Callable[[], list[Row]]] = {
   "loss": bench_loss,
   "buffer": bench_buffer,
   "rft": bench_rft,
+  "agents": bench_agents,
 }
 
 

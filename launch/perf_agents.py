@@ -1,0 +1,171 @@
+"""Agents: many episodes at once, each waiting for its environment most of the time.
+
+Episodes of TURNS turns wait log-normally long for their environment and then ask the model; run by
+the explorer's own Groups and Runner, once beside a sampler that answers at once and once beside a
+real one with a tiny model. Against them the same episodes in batches with a barrier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from benchmark import Row
+
+EPISODES = flags.DEFINE_integer("episodes", 5000, "Episodes of `agents`.", lower_bound=1)
+CONCURRENT = flags.DEFINE_integer("concurrent", 500, "Of them at once.", lower_bound=1)
+LATENCY = flags.DEFINE_float("latency", 1.0, "Mean seconds of an episode's waits.", lower_bound=0)
+
+TURNS = 4
+SIGMA = 1.0  # of the log-normal
+TOKENS = 4  # of a response
+
+
+async def episode(task: Any, model: Any) -> float:
+  """Turns of waiting for the environment, then acting."""
+  log: list[int] = [2]
+  for _ in range(TURNS):
+    await asyncio.sleep(task.raw["seconds"] / TURNS)
+    log = [*log, *(await model.generate(log)).tolist(), 2]
+  return 1.0
+
+
+class Instant:
+  """A rollout engine that answers at once."""
+
+  def member(self, order: Sequence[int]) -> Instant:
+    return self
+
+  def enter(self) -> None: ...
+
+  def leave(self) -> None: ...
+
+  def describe(self) -> str:
+    return "sampling is instant"
+
+  async def generate(self, request: Any) -> Any:
+    from trinity_jax.experience import StopReason
+    from trinity_jax.sampler.request import Completion
+
+    found = np.ones(TOKENS, np.int32)
+    return Completion(found, -found.astype(np.float32), found * 0, found < 0, StopReason.LENGTH)
+
+
+def config() -> Any:
+  from trinity_jax.config import base_config, resolve
+
+  c = base_config()
+  c.model.tiny = dict(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, intermediate=384)
+  c.taskset.path = "unused"
+  c.taskset.workflow = f"{__name__}:episode"
+  c.explorer.deterministic = False
+  c.sampler.max_prompt_length, c.sampler.max_response_length = 28, TOKENS
+  c.sampler.slots = 256
+  c.sampler.prefill_batches, c.sampler.prompt_buckets = (64,), (28,)
+  c.sampler.cache_buckets = (32,)
+  return resolve(c)
+
+
+@contextlib.contextmanager
+def real_engine(c: Any):
+  """(running sampler of a tiny random model, its tokenizer)."""
+  import jax
+  import jax.numpy as jnp
+
+  from trinity_jax import build
+  from trinity_jax.launch_order import LaunchOrder
+  from trinity_jax.models import hf, sharding
+  from trinity_jax.models.tokenizer import Tokenizer
+  from trinity_jax.run import first_model
+
+  with tempfile.TemporaryDirectory() as folder:
+    path = first_model(c, Path(folder))
+    model, meshes = hf.load_config(path), build.make_meshes(c, jax.devices()[:1])
+    engine = build.make_engine(c, model, meshes, LaunchOrder(meshes.train), tokenizer_dir=path)
+    engine.start()
+    layout = sharding.param_shardings(model, meshes.train)
+    engine.set_params(0, hf.load(path, dtype=jnp.float32, shardings=layout)[0])
+    try:
+      yield engine, Tokenizer.load(path)
+    finally:
+      engine.close()
+
+
+def tasks(count: int, mean: float) -> list[Any]:
+  from trinity_jax.experience import Task
+
+  rng = random.Random(0)
+  seconds = [rng.lognormvariate(0.0, SIGMA) for _ in range(count)]
+  scale = mean * count / sum(seconds)
+  return [Task(i, (), raw={"seconds": s * scale}) for i, s in enumerate(seconds)]
+
+
+async def at_once(run: Callable[[int], Awaitable[None]], count: int, most: int) -> None:
+  """The next one begins when any has ended."""
+  places = asyncio.Semaphore(most)
+
+  async def one(i: int) -> None:
+    async with places:
+      await run(i)
+
+  await asyncio.gather(*map(one, range(count)))
+
+
+async def in_batches(run: Callable[[int], Awaitable[None]], count: int, most: int) -> None:
+  """The next ones begin when all have ended."""
+  for first in range(0, count, most):
+    await asyncio.gather(*map(run, range(first, min(first + most, count))))
+
+
+def measure(
+  engine: Any, tokenizer: Any, how: Callable[..., Awaitable[None]]
+) -> tuple[float, float]:
+  """Returns (episodes a second, p99 of the event loop's lag in seconds)."""
+  from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
+  from trinity_jax.explorer.workflow import SamplingParams
+  from trinity_jax.monitor.loop_lag import LoopLag
+
+  c, count = config(), EPISODES.value
+  groups = Groups(c, engine, tokenizer, lambda _: contextlib.nullcontext())
+
+  async def grade(response: str, task: Any) -> Any:
+    raise AssertionError("episodes bring their own rewards")
+
+  runner = groups.runner(c.taskset.workflow, grade, SamplingParams(1.0, TOKENS), TRAIN_STREAM)
+  work, ids, lag = tasks(count, LATENCY.value), group_ids(1, range(count), 1), LoopLag()
+
+  async def run(i: int) -> None:
+    groups.announce(TRAIN_STREAM, [ids[i]])
+    (found,) = await groups.run(runner, work[i], ids[i])
+    assert not found.stop_reason.failed, found.info
+
+  async def main() -> float:
+    with lag.running():
+      start = time.perf_counter()
+      await how(run, count, CONCURRENT.value)
+      return time.perf_counter() - start
+
+  seconds = asyncio.run(main())
+  return count / seconds, lag.take() or 0.0
+
+
+def bench_agents() -> list[Row]:
+  rows: list[Row] = []
+  with real_engine(config()) as (sampler, tokenizer):
+    for name, engine in (("simulated", Instant()), ("real", sampler)):
+      barrier, _ = measure(engine, tokenizer, in_batches)
+      rate, lag = measure(engine, tokenizer, at_once)
+      rows += [
+        Row(f"{name}/barrier", barrier, "episodes/s"),
+        Row(f"{name}/at_once", rate, "episodes/s", f"{name}/barrier", rate / barrier),
+        Row(f"{name}/loop_lag_p99", 1e3 * lag, "ms"),
+      ]
+  return rows
