@@ -104,7 +104,7 @@ class Groups:
     out = [t.result() for t in started]
     if any(not e.stop_reason.failed for e in out):
       self._failures.pop(name, None)
-    else:
+    elif not task.is_eval:
       self._failures[name] = self._failures.get(name, 0) + 1
     for e in out:
       if not e.stop_reason.failed:
