@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
 
     viewer = Viewer(
       own["workdir"].value,
-      host=own["host"].value,
-      port=own["port"].value,
-      tokenizer=own["tokenizer"].value,
+      host=str(own["host"].value),
+      port=int(own["port"].value or 0),
+      tokenizer=str(own["tokenizer"].value),
     )
     print(viewer.url, flush=True)
     viewer.run()

@@ -51,8 +51,13 @@ class Changes:
   """
 
   def __init__(self, folder: Path):
-    from watchdog.events import FileCreatedEvent, FileModifiedEvent, FileMovedEvent
-    from watchdog.events import FileSystemEvent, FileSystemEventHandler
+    from watchdog.events import (
+      FileCreatedEvent,
+      FileModifiedEvent,
+      FileMovedEvent,
+      FileSystemEvent,
+      FileSystemEventHandler,
+    )
     from watchdog.observers import Observer
 
     changes, self.problem = self, ""
@@ -206,7 +211,7 @@ def _rollout(folder: Folder, params: Any) -> dict[str, Any] | None:
     raise UserError(f"id = {id[:80]!r}; expected step/task/run/step such as 1/0/0/0") from e
   index = folder.index(stage)
   first = max(_read(params, "first", int) or 0, 0)
-  if max(batch, task, run, step) >= 1 << 63:  # beyond what SQLite can hold
+  if max(map(abs, (batch, task, run, step))) >= 1 << 63:  # beyond what SQLite can hold
     return None
   experience = index.load((batch, task, run, step))
   if experience is None:

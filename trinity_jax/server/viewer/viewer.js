@@ -406,7 +406,7 @@ function start() {
   for (const name of STOPS) stops.append(element("option", "", name));
   const search = () => { state.offset = 0; loadRows(); };
   $("filters").addEventListener("submit", (event) => { event.preventDefault(); search(); });
-  $("filters").addEventListener("reset", () => queueMicrotask(search));
+  $("clear").addEventListener("click", () => { $("filters").reset(); search(); });
   for (const name of ["stop", "order"]) {
     $("filters").elements[name].addEventListener("change", search);
   }
