@@ -160,3 +160,84 @@ def test_a_request_says_how_urgent_it_is_and_what_its_cache_may_be_shared_with(w
   asyncio.run(model.generate([1, 2, 3]))
   assert asked[0].priority == -1
   assert asked[0].salt == (2, 7)  # the stream and its step: a resume finds the same there
+
+
+def said(content, role="user"):
+  return {"role": role, "content": content}
+
+
+def test_chats_that_extend_continue_the_log_and_match_a_token_run(world):
+  async def talk(model):
+    first = await model.chat([said("a")])
+    log = [said("a"), said(first, "assistant"), said("b")]
+    await model.chat(log)
+    return [d.columns() for d in model.dialogues]
+
+  (log,), model = play(world, talk)
+  mask = log["action_mask"]
+  starts = [i for i in range(1, len(mask)) if mask[i] and not mask[i - 1]]
+  assert len(starts) == 2 and model.turns == 2 and model.forks == 0
+
+  async def tokens_only(model):
+    await model.generate(log["tokens"][: starts[0]].tolist())
+    await model.generate(log["tokens"][: starts[1]].tolist())
+
+  _, bare = play(world, tokens_only)
+  pure = bare.experience(Score(0.0, {}), {})
+  for name, value in log.items():
+    if name != "mixed":
+      assert np.array_equal(value, getattr(pure, name)), name
+
+
+def test_a_rewritten_history_forks_and_every_log_is_an_experience(world):
+  async def talk(model):
+    await model.chat([said("a")])
+    model.reward(0.5)
+    await model.chat([said("a"), said("no!", "assistant"), said("b")])
+
+  async def choices(model):
+    await asyncio.gather(*(model.chat([said("a")]) for _ in range(3)))
+
+  _, model = play(world, talk, id=ExperienceId(1, 2, 3, 0))
+  first, second = model.experiences(Score(1.0, {}), {})
+  assert (first.id, second.id) == (ExperienceId(1, 2, 3, 0), ExperienceId(1, 2, 3, 1))
+  assert model.forks == 1 and first.info == {"forks": 1}
+  assert (first.reward, second.reward) == (1.5, 1.0) and second.token_rewards is None
+  assert first.token_rewards is not None and first.token_rewards.sum() == 1.5
+  assert model.experience(Score(1.0, {}), {}).id == model.id
+
+  _, model = play(world, choices)
+  logs = model.experiences(Score(0.0, {}), {})
+  assert len(logs) == 3 and len({tuple(e.tokens) for e in logs}) == 3
+
+
+def test_a_cancelled_chat_leaves_no_trace_and_a_closed_model_answers_no_more(world):
+  async def talk(model):
+    call = asyncio.create_task(model.chat([said("a")]))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+      await call
+    assert not model.dialogues
+    text = await model.chat([said("a")])
+    model.close()
+    with pytest.raises(ValueError, match="run 1/0/0/0 has ended"):
+      await model.chat([said("a")])
+    return text
+
+  text, model = play(world, talk)
+  assert text == play(world, lambda m: m.chat([said("a")]))[0]
+  assert len(model.experiences(Score(0.0, {}), {})) == 1
+
+
+def test_log_probs_need_something_that_scores(world):
+  async def score(tokens):
+    return -tokens.astype(np.float32)
+
+  async def talk(model):
+    with pytest.raises(UserError, match="does not score"):
+      await model.logprobs([1, 2])
+    model.score = score
+    return await model.logprobs([1, 2])
+
+  assert play(world, talk)[0].tolist() == [-1, -2]

@@ -7,9 +7,17 @@ last response graded by the taskset's reward function.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+  AbstractContextManager,
+  ExitStack,
+  asynccontextmanager,
+  contextmanager,
+  nullcontext,
+)
 from typing import Any
 
 import numpy as np
@@ -17,9 +25,12 @@ import numpy as np
 from trinity_jax import plugins
 from trinity_jax.errors import UserError, suggestion
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
+from trinity_jax.explorer import tool_calls
+from trinity_jax.explorer.dialogue import Dialogue, Messages, Tools
+from trinity_jax.explorer.replies import Reply, sample
 from trinity_jax.explorer.rewards import Score
 from trinity_jax.models.tokenizer import Tokenizer
-from trinity_jax.sampler.request import Request
+from trinity_jax.sampler.request import Completion, Request
 from trinity_jax.sampler.rollout_engine import Member
 from trinity_jax.sampler.sampling import request_key
 
@@ -41,11 +52,40 @@ class PromptTooLong(UserError):
   """The dialogue no longer fits the sampler; ends the run with StopReason.PROMPT_TOO_LONG."""
 
 
-class Model:
-  """One run's handle on the policy, with an append-only token log.
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What a turn of a dialogue gave.
 
-  Token in, token out: turn t's prompt is a prefix of turn t + 1's, which `generate` asserts; text
-  is tokenised once and never again to train on.
+  Attributes:
+    message: the assistant's message, with `tool_calls` where it calls tools.
+    prompt: token ids that were continued.
+    completion: what was sampled.
+    tool_error: why text that looks like a tool call is none, "" otherwise.
+  """
+
+  message: dict[str, Any]
+  prompt: list[int]
+  completion: Completion
+  tool_error: str = ""
+
+
+class Model:
+  """One run's handle on the policy, which records every token it was shown and every one it wrote.
+
+  Token in, token out: text is tokenised once and never again to train on. A dialogue that extends
+  what was recorded continues its log; one that rewrites history begins a log of its own.
+
+  Attributes:
+    id: the run.
+    text, message: the last reply as text and as a message (with `tool_calls`).
+    messages: the dialogue of the last call to `chat`, reply included.
+    stop_reason: of the last reply.
+    turns: replies so far, of all logs.
+    forks: logs begun though there was one already.
+    tool_errors: why replies that look like tool calls are none.
+    in_sampler: entered while the run waits for the sampler.
+    server: whose `session` makes this run an endpoint for any agent; see `openai`.
+    score: async (tokens i32[L]) -> log-probs f32[L], for `logprobs`.
   """
 
   def __init__(
@@ -60,17 +100,26 @@ class Model:
     priority: int = 0,
   ):
     self.tokenizer = tokenizer
-    self.id = id
-    self.text = ""  # the last response
+    self.id, self.params = id, params
+    self.text = ""
+    self.message: dict[str, Any] = {}
     self.messages: list[dict[str, Any]] = []
     self.stop_reason = StopReason.RUNNING
-    self.turns = 0
-    self.in_sampler: Callable[[], AbstractContextManager] = nullcontext  # entered while it waits
-    self._asking = False
-    self._sampler, self._seed, self._params = sampler, seed, params
+    self.turns = self.forks = 0
+    self.tool_errors: list[str] = []
+    self.in_sampler: Callable[[], AbstractContextManager] = nullcontext
+    self.server: Any = None
+    self.score: Callable[[np.ndarray], Awaitable[np.ndarray]] | None = None
+    self.dialogues: list[Dialogue] = []
+    self._last: Dialogue | None = None
+    self._sampler, self._seed = sampler, seed
     self._max_prompt, self._stream, self._priority = max_prompt, stream, priority
-    self._log: list[tuple[np.ndarray, ...]] = []
-    self._tokens: list[int] = []
+    self._asking: set[asyncio.Task] = set()
+    self._waiting = ExitStack()
+    self._session: Any = None
+    self._closed = False
+
+  # --- asking ------------------------------------------------------------------------------------
 
   async def generate(self, tokens: Sequence[int]) -> np.ndarray:
     """Continues a token log; returns the sampled tokens i32[n] (stop token included).
@@ -82,29 +131,185 @@ class Model:
       PromptTooLong: the prompt exceeds sampler.max_prompt_length.
       ValueError: the prompt rewrites history, or another call has not ended yet.
     """
-    if self._asking:
+    log = self._last or next(iter(self.dialogues), None) or self._begin()
+    if log.busy:
       raise ValueError(
         f"run {self.id}: a second call to the model before the first has ended; a run's turns form "
         "one token log, so await them one after the other"
       )
-    tokens = [int(t) for t in tokens]
-    seen = len(self._tokens)
-    if tokens[:seen] != self._tokens:
-      raise ValueError(
-        f"run {self.id}: the prompt of turn {self.turns} does not start with the tokens of the "
-        f"turns before ({seen}); append to the log instead of rewriting it"
-      )
-    if len(tokens) > self._max_prompt:
+    tokens, seen = [int(t) for t in tokens], len(log.tokens)
+    async with self._held(log):
+      if tokens[:seen] != log.tokens:
+        raise ValueError(
+          f"run {self.id}: the prompt of turn {self.turns} does not start with the tokens of the "
+          f"turns before ({seen}); append to the log instead of rewriting it"
+        )
+      reply = await self._turn(log, tokens)
+      log.record(tokens, reply.completion, None)
+    return reply.completion.tokens
+
+  async def chat(self, messages: Messages, tools: Tools | None = None) -> str:
+    """One turn of a dialogue as text: returns the response's text, `message` has its tool calls.
+
+    Args:
+      messages: the whole dialogue so far in OpenAI's form. What begins with a recorded dialogue
+        continues its tokens; what rewrites one is recorded as a log of its own.
+      tools: OpenAI's function tools, offered through the chat template.
+
+    Raises:
+      PromptTooLong: the dialogue exceeds sampler.max_prompt_length.
+      UserError: the chat template refuses the messages.
+    """
+    await self.complete(messages, tools or ())
+    return self.text
+
+  async def complete(
+    self, messages: Messages, tools: Tools = (), *, single_call: bool = False, **ask: Any
+  ) -> Answer:
+    """`chat` with everything that came back.
+
+    Args:
+      single_call: keep the first of several tool calls only.
+      ask: limit (tokens), stop (strings), seed, on_text; see `_turn`.
+    """
+    log = self._log_for(messages, tools)
+    async with self._held(log):
+      prompt = log.prompt(messages, tools)
+      reply = await self._turn(log, prompt, **ask)
+      parsed = tool_calls.parse(reply.text, tools)
+      if single_call:
+        parsed = dataclasses.replace(parsed, calls=parsed.calls[:1])
+      ids = [tool_calls.call_id(*self._order(log), i) for i in range(len(parsed.calls))]
+      message = tool_calls.message(parsed, ids)
+      log.record(prompt, reply.completion, [*messages, message], tools)
+    if parsed.error:
+      self.tool_errors.append(parsed.error)
+    self.text, self.message = reply.text, message
+    self.messages = [*map(dict, messages), message]
+    return Answer(message, prompt, reply.completion, parsed.error)
+
+  async def continue_tokens(self, tokens: Sequence[int], **ask: Any) -> Answer:
+    """`generate` that begins a log of its own where the tokens extend none."""
+    fits = [
+      d for d in self.dialogues if not d.busy and list(tokens[: len(d.tokens)]) == d.tokens
+    ]
+    log = max(fits, key=lambda d: len(d.tokens), default=None) or self._begin()
+    async with self._held(log):
+      reply = await self._turn(log, list(tokens), **ask)
+      log.record(tokens, reply.completion, None)
+    self.text = reply.text
+    return Answer({"role": "assistant", "content": reply.text}, list(tokens), reply.completion)
+
+  async def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
+    """Returns the policy's log-probs f32[L] of `tokens` (0 for the first), at temperature 1.
+
+    Raises:
+      UserError: nothing that scores was wired to this run.
+    """
+    if self.score is None:
+      raise UserError("model.logprobs: this rollout engine does not score given tokens")
+    return np.asarray(await self.score(np.asarray(tokens, np.int32)), np.float32)
+
+  def reward(self, value: float) -> None:
+    """Adds to the reward of the last turn: its last token's entry in token_rewards.
+
+    Raises:
+      ValueError: no turn yet, or not a finite number.
+    """
+    if self._last is None or not self._last.recorded:
+      raise ValueError(f"run {self.id}: a reward before the first reply; there is no turn it is of")
+    if not math.isfinite(value):
+      raise ValueError(f"run {self.id}: reward({value!r}): expected a finite number")
+    turn = self._last.turns[-1]
+    turn.reward = (turn.reward or 0.0) + float(value)
+
+  def openai(self, *, sync: bool = False, **kwargs: Any) -> Any:
+    """An official AsyncOpenAI client (OpenAI if `sync`) whose calls are this run's turns.
+
+    Its `base_url` and `api_key` make any other agent's calls turns of this run too.
+
+    Raises:
+      UserError: no server was wired to this run, or the package `openai` is missing.
+    """
+    if self.server is None:
+      raise UserError("model.openai(): no server runs beside this sampler")
+    try:
+      import openai
+    except ImportError as e:
+      raise UserError("model.openai() needs the package openai: pip install openai") from e
+    if self._session is None:
+      self._session = self.server.session(self)
+    make = openai.OpenAI if sync else openai.AsyncOpenAI
+    return make(base_url=self._session.base_url, api_key=self._session.token, **kwargs)
+
+  def close(self) -> None:
+    """Ends the handle: calls under way are cancelled, later ones refused. From its own loop."""
+    self._closed = True
+    if self._session is not None:
+      self._session.close()
+    for task in list(self._asking):
+      if task is not _current():
+        task.cancel()
+
+  # --- one turn ----------------------------------------------------------------------------------
+
+  def _log_for(self, messages: Messages, tools: Tools) -> Dialogue:
+    """The log that the messages continue, or a new one."""
+    kept = [(d.extended_by(messages, tools), not d.busy, -d.number) for d in self.dialogues]
+    if not kept or max(kept)[0] == 0:
+      return self._begin()
+    turns, log = max(kept)[0], self.dialogues[kept.index(max(kept))]
+    if turns == len(log.turns) and not log.busy:
+      return log
+    return self._begin(log.branch(turns, self._number()))
+
+  def _number(self) -> int:
+    used = {d.number for d in self.dialogues}
+    return next(i for i in range(len(used) + 1) if i not in used)
+
+  def _begin(self, log: Dialogue | None = None) -> Dialogue:
+    log = log or Dialogue(self.tokenizer, self._number())
+    self.dialogues.append(log)
+    return log
+
+  @asynccontextmanager
+  async def _held(self, log: Dialogue) -> AsyncIterator[None]:
+    """Nobody else continues the log meanwhile; one without a reply of its own is dropped again."""
+    log.busy = True
+    try:
+      yield
+    finally:
+      log.busy = False
+      if not log.recorded:
+        self.dialogues.remove(log)
+
+  def _order(self, log: Dialogue) -> tuple[int, ...]:
+    return (self._stream, *self.id[:3], self.id.step + log.number, len(log.turns))
+
+  async def _turn(
+    self,
+    log: Dialogue,
+    prompt: list[int],
+    *,
+    limit: int | None = None,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+  ) -> Reply:
+    """Samples one reply, with the run's own temperature and truncation."""
+    if self._closed:
+      raise ValueError(f"run {self.id} has ended; its model answers no more")
+    if len(prompt) > self._max_prompt:
       raise PromptTooLong(
-        f"prompt of {len(tokens)} tokens exceeds sampler.max_prompt_length = {self._max_prompt}; "
+        f"prompt of {len(prompt)} tokens exceeds sampler.max_prompt_length = {self._max_prompt}; "
         "raise it or shorten the task"
       )
-    p = self._params
+    p, order = self.params, self._order(log)
     request = Request(
-      tokens=np.array(tokens, np.int32),
-      key=request_key(self._seed, self._stream, *self.id, self.turns),
-      order=(self._stream, *self.id, self.turns),
-      limit=p.limit,
+      tokens=np.array(prompt, np.int32),
+      key=request_key(self._seed, *order, *(() if seed is None else (seed,))),
+      order=order,
+      limit=p.limit if limit is None else min(limit, p.limit),
       stop_ids=self.tokenizer.stop_ids,
       temperature=p.temperature,
       top_p=p.top_p,
@@ -112,56 +317,69 @@ class Model:
       priority=self._priority,
       salt=(self._stream, self.id.batch),
     )
-    self._asking = True
+    with self._in_sampler():
+      reply = await sample(self._sampler, request, self.tokenizer, stop=stop, on_text=on_text)
+    self.forks += not log.recorded and any(d.recorded for d in self.dialogues)
+    self.stop_reason, self.turns, self._last = reply.completion.stop_reason, self.turns + 1, log
+    return reply
+
+  @contextmanager
+  def _in_sampler(self) -> Iterator[None]:
+    """The run waits while any of its calls does; the sampler counts it once, not per call."""
+    task = _current()
+    if self._asking:
+      self._sampler.enter()
+    else:
+      self._waiting.enter_context(self.in_sampler())
+    self._asking.add(task)
     try:
-      with self.in_sampler():
-        out = await self._sampler.generate(request)
+      yield
     finally:
-      self._asking = False
-    new = np.array(tokens[seen:], np.int32)
-    n = len(new)
-    self._append(new, np.zeros(n), np.full(n, -1), np.zeros(n, bool), action=False)
-    self._append(out.tokens, out.logprobs, out.versions, out.mixed, action=True)
-    self.stop_reason, self.turns = out.stop_reason, self.turns + 1
-    return out.tokens
+      self._asking.discard(task)
+      if self._asking:
+        self._sampler.leave()
+      else:
+        self._waiting.close()
 
-  async def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-    """One turn of a dialogue as text: renders the template once, returns the response's text."""
-    tokens = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    response = await self.generate(tokens)
-    self.text = self.tokenizer.decode(response.tolist())
-    self.messages = [*map(dict, messages), {"role": "assistant", "content": self.text}]
-    return self.text
-
-  def _append(self, tokens, logprobs, versions, mixed, action: bool) -> None:
-    self._tokens.extend(int(t) for t in tokens)
-    mask = np.full(len(tokens), action)
-    self._log.append((np.asarray(tokens, np.int32), mask, logprobs, versions, mixed))
+  # --- what was recorded -------------------------------------------------------------------------
 
   def experience(self, score: Score, info: dict[str, Any]) -> Experience:
-    """The run, of at least one turn, as one experience."""
-    tokens, mask, logprobs, versions, mixed = (np.concatenate(x) for x in zip(*self._log))
-    response = int(mask.sum())
-    return Experience(
-      tokens=tokens,
-      action_mask=mask,
-      logprobs=logprobs,
-      versions=versions,
-      mixed=mixed if mixed.any() else None,
-      id=self.id,
-      reward=score.total,
-      stop_reason=self.stop_reason,
-      temperature=self._params.temperature or 1.0,
-      messages=self.messages,
-      metrics={
-        **{f"rewards/{name}": float(value) for name, value in score.components.items()},
-        "response_length": response,
-        "prompt_length": len(tokens) - response,
-        "num_turns": self.turns,
-        "mixed_tokens": int(mixed.sum()),
-      },
-      info=info,
+    """The log of the last reply as one experience; see `experiences`."""
+    assert self._last is not None, "a run without a turn has no experience"
+    return self._last.experience(
+      self.id, score, self.params.temperature or 1.0, self._info(info)
     )
+
+  def experiences(self, score: Score, info: dict[str, Any]) -> list[Experience]:
+    """Every log as an experience, in the order in which they began; ids differ in `step`.
+
+    All of them get the run's reward, and their turns' own beside it.
+    """
+    logs = sorted((d for d in self.dialogues if d.recorded), key=lambda d: d.number)
+    return [
+      d.experience(
+        self.id._replace(step=self.id.step + i),
+        score,
+        self.params.temperature or 1.0,
+        self._info(info),
+      )
+      for i, d in enumerate(logs)
+    ]
+
+  def _info(self, info: dict[str, Any]) -> dict[str, Any]:
+    more: dict[str, Any] = {"forks": self.forks} if self.forks else {}
+    if self.tool_errors:
+      more["tool_errors"] = self.tool_errors[-_MOST_ERRORS:]
+    return {**info, **more}
+
+
+def _current() -> asyncio.Task:
+  task = asyncio.current_task()
+  assert task is not None, "only coroutines of a task ask a model"
+  return task
+
+
+_MOST_ERRORS = 8  # kept with an experience
 
 
 def find_workflow(name: str) -> Workflow:

@@ -64,6 +64,24 @@ class Tokenizer:
     Raises:
       UserError: no messages, no chat template, or the template refuses the messages.
     """
+    ids = self._chat(messages, add_generation_prompt, tools, tokenize=True)
+    return [int(i) for i in ids]
+
+  def chat_text(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+  ) -> str:
+    """What `apply_chat_template` tokenises, as text.
+
+    Raises:
+      UserError: as apply_chat_template.
+    """
+    return self._chat(messages, add_generation_prompt, tools, tokenize=False)
+
+  def _chat(self, messages, add_generation_prompt: bool, tools, tokenize: bool) -> Any:
     import jinja2
 
     if not messages:
@@ -71,16 +89,15 @@ class Tokenizer:
     if not self._inner.chat_template:
       raise UserError("this tokenizer has no chat template; add chat_template.jinja to its folder")
     try:
-      ids = self._inner.apply_chat_template(
+      return self._inner.apply_chat_template(
         [dict(message) for message in messages],
         add_generation_prompt=add_generation_prompt,
         tools=None if tools is None else [dict(tool) for tool in tools],
-        tokenize=True,
+        tokenize=tokenize,
         return_dict=False,
       )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # a template that adds text to a list
       raise UserError(f"the chat template refuses the messages: {error}") from error
-    return [int(i) for i in ids]
 
 
 def load(path: str | Path) -> Tokenizer:
