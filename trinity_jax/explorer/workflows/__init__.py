@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trinity_jax.explorer.workflows.gym import gym
 from trinity_jax.explorer.workflows.single_turn import single_turn
 
-WORKFLOWS = {"single_turn": single_turn}
+WORKFLOWS = {"gym": gym, "single_turn": single_turn}

@@ -1,0 +1,52 @@
+"""An episode: the agent's turns and an environment's, one after the other, in one dialogue."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trinity_jax.explorer.environments.environment import Environment, Step, call
+from trinity_jax.explorer.workflow import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+  """How an episode went.
+
+  Attributes:
+    total: sum of its rewards.
+    turns: actions of the agent.
+    done: the environment ended it, not the limit of turns.
+    invalid: its last action was none.
+  """
+
+  total: float
+  turns: int
+  done: bool
+  invalid: bool
+
+
+async def play(
+  model: Model, environment: Environment, max_turns: int, *, system: str = ""
+) -> Episode:
+  """Plays one episode and closes the environment.
+
+  Observations are user messages: tokens that the policy did not write are never in the loss.
+
+  Args:
+    model: the run's handle.
+    environment: fresh, used by nobody else.
+    max_turns: actions after which the episode is over.
+    system: system message, if any.
+  """
+  messages = [{"role": "system", "content": system}] if system else []
+  total, turns, step = 0.0, 0, Step("")
+  try:
+    messages.append({"role": "user", "content": await call(environment, "reset")})
+    while turns < max_turns and not step.done:
+      action = await model.chat(messages)
+      step = await call(environment, "step", action)
+      total, turns = total + step.reward, turns + 1
+      messages = [*model.messages, {"role": "user", "content": step.observation}]
+  finally:
+    await call(environment, "close")
+  return Episode(total, turns, step.done, step.invalid)
