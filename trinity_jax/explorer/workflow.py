@@ -52,6 +52,10 @@ class PromptTooLong(UserError):
   """The dialogue no longer fits the sampler; ends the run with StopReason.PROMPT_TOO_LONG."""
 
 
+class RunEnded(ValueError):
+  """The run is over: its model answers no more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
   """What a turn of a dialogue gave.
@@ -112,7 +116,7 @@ class Model:
     self.score: Callable[[np.ndarray], Awaitable[np.ndarray]] | None = None
     self.dialogues: list[Dialogue] = []
     self._last: Dialogue | None = None
-    self._sampler, self._seed = sampler, seed
+    self.sampler, self._seed = sampler, seed
     self._max_prompt, self._stream, self._priority = max_prompt, stream, priority
     self._asking: set[asyncio.Task] = set()
     self._waiting = ExitStack()
@@ -164,11 +168,18 @@ class Model:
     return self.text
 
   async def complete(
-    self, messages: Messages, tools: Tools = (), *, single_call: bool = False, **ask: Any
+    self,
+    messages: Messages,
+    tools: Tools = (),
+    *,
+    parse: bool = True,
+    single_call: bool = False,
+    **ask: Any,
   ) -> Answer:
     """`chat` with everything that came back.
 
     Args:
+      parse: False: a reply is text whatever it looks like.
       single_call: keep the first of several tool calls only.
       ask: limit (tokens), stop (strings), seed, on_text; see `_turn`.
     """
@@ -176,7 +187,7 @@ class Model:
     async with self._held(log):
       prompt = log.prompt(messages, tools)
       reply = await self._turn(log, prompt, **ask)
-      parsed = tool_calls.parse(reply.text, tools)
+      parsed = tool_calls.parse(reply.text, tools if parse else ())
       if single_call:
         parsed = dataclasses.replace(parsed, calls=parsed.calls[:1])
       ids = [tool_calls.call_id(*self._order(log), i) for i in range(len(parsed.calls))]
@@ -242,6 +253,16 @@ class Model:
     make = openai.OpenAI if sync else openai.AsyncOpenAI
     return make(base_url=self._session.base_url, api_key=self._session.token, **kwargs)
 
+  async def feedback(self) -> float:
+    """Waits for the reward that the agent's side gives through POST /feedback.
+
+    Raises:
+      UserError: the run has no session; ask for `openai` first.
+    """
+    if self._session is None:
+      raise UserError("model.feedback(): this run has no session; call model.openai() first")
+    return await asyncio.wrap_future(self._session.feedback)
+
   def close(self) -> None:
     """Ends the handle: calls under way are cancelled, later ones refused. From its own loop."""
     self._closed = True
@@ -298,7 +319,7 @@ class Model:
   ) -> Reply:
     """Samples one reply, with the run's own temperature and truncation."""
     if self._closed:
-      raise ValueError(f"run {self.id} has ended; its model answers no more")
+      raise RunEnded(f"run {self.id} has ended; its model answers no more")
     if len(prompt) > self._max_prompt:
       raise PromptTooLong(
         f"prompt of {len(prompt)} tokens exceeds sampler.max_prompt_length = {self._max_prompt}; "
@@ -318,7 +339,7 @@ class Model:
       salt=(self._stream, self.id.batch),
     )
     with self._in_sampler():
-      reply = await sample(self._sampler, request, self.tokenizer, stop=stop, on_text=on_text)
+      reply = await sample(self.sampler, request, self.tokenizer, stop=stop, on_text=on_text)
     self.forks += not log.recorded and any(d.recorded for d in self.dialogues)
     self.stop_reason, self.turns, self._last = reply.completion.stop_reason, self.turns + 1, log
     return reply
@@ -328,7 +349,7 @@ class Model:
     """The run waits while any of its calls does; the sampler counts it once, not per call."""
     task = _current()
     if self._asking:
-      self._sampler.enter()
+      self.sampler.enter()
     else:
       self._waiting.enter_context(self.in_sampler())
     self._asking.add(task)
@@ -337,7 +358,7 @@ class Model:
     finally:
       self._asking.discard(task)
       if self._asking:
-        self._sampler.leave()
+        self.sampler.leave()
       else:
         self._waiting.close()
 

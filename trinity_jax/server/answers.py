@@ -1,0 +1,105 @@
+"""What goes back to clients of OpenAI's API."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from trinity_jax.experience import StopReason
+from trinity_jax.explorer.workflow import Answer
+from trinity_jax.models.tokenizer import Tokenizer
+from trinity_jax.server.protocol import Ask
+
+
+class Writer:
+  """Writes the answers to one request.
+
+  Args:
+    model: the name under which the policy is served.
+    version: the policy version when the request came.
+  """
+
+  def __init__(self, ask: Ask, tokenizer: Tokenizer, model: str, version: int):
+    self._ask, self._tokenizer = ask, tokenizer
+    self._chat = ask.messages is not None
+    self._head = {
+      "id": ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12),
+      "created": int(time.time()),
+      "model": model,
+      "system_fingerprint": f"version-{version}",
+    }
+
+  def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The answer that is not streamed."""
+    kind = "chat.completion" if self._chat else "text_completion"
+    choices = []
+    for i, answer in enumerate(answers):
+      body = {"message": answer.message} if self._chat else {"text": answer.message["content"]}
+      choices.append({"index": i, **body, **self._end(answer)})
+    return {**self._head, "object": kind, "choices": choices, "usage": self.usage(answers)}
+
+  def text(self, index: int, piece: str) -> dict[str, Any]:
+    """A piece of a choice's text."""
+    return self._chunk(index, {"content": piece} if self._chat else piece)
+
+  def role(self, index: int) -> dict[str, Any]:
+    """The first chunk of a chat's choice."""
+    return self._chunk(index, {"role": "assistant", "content": ""})
+
+  def last(self, index: int, answer: Answer, streamed: bool) -> list[dict[str, Any]]:
+    """What ends a choice: its text and calls where they were not streamed, then its reason."""
+    out, message = [], answer.message
+    if not streamed and message["content"]:
+      out.append(self.text(index, message["content"]))
+    calls = [{"index": i, **call} for i, call in enumerate(message.get("tool_calls", ()))]
+    if calls:
+      out.append(self._chunk(index, {"tool_calls": calls}))
+    out.append(self._chunk(index, {} if self._chat else "", **self._end(answer)))
+    return out
+
+  def totals(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The chunk with the usage."""
+    return {**self._chunk(0, ""), "choices": [], "usage": self.usage(answers)}
+
+  def _chunk(self, index: int, piece: Any, **end: Any) -> dict[str, Any]:
+    choice = {"index": index, ("delta" if self._chat else "text"): piece}
+    choice |= end or {"finish_reason": None, "logprobs": None}
+    kind = "chat.completion.chunk" if self._chat else "text_completion"
+    return {**self._head, "object": kind, "choices": [choice]}
+
+  def _end(self, answer: Answer) -> dict[str, Any]:
+    c = answer.completion
+    reason = "stop" if c.stop_reason is StopReason.STOP else "length"
+    if "tool_calls" in answer.message:
+      reason = "tool_calls"
+    out: dict[str, Any] = {"finish_reason": reason, "logprobs": None}
+    if self._ask.logprobs:
+      out["logprobs"] = self._logprobs(c.tokens.tolist(), c.logprobs.tolist())
+    if self._ask.token_ids:
+      out["prompt_token_ids"] = list(answer.prompt)
+      out["token_ids"] = c.tokens.tolist()
+      out["versions"] = c.versions.tolist()
+    return out
+
+  def _logprobs(self, tokens: list[int], logprobs: list[float]) -> dict[str, Any]:
+    texts = [self._tokenizer.decode([t], skip_special_tokens=False) for t in tokens]
+    if self._chat:
+      content = [
+        {"token": text, "logprob": p, "bytes": list(text.encode()), "top_logprobs": []}
+        for text, p in zip(texts, logprobs)
+      ]
+      return {"content": content, "refusal": None}
+    starts = [sum(map(len, texts[:i])) for i in range(len(texts))]
+    return {
+      "tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": starts,
+    }  # fmt: skip
+
+  def usage(self, answers: Sequence[Answer]) -> dict[str, int]:
+    """Prompts are counted once per prompt, not once per choice."""
+    prompt = sum(len(a.prompt) for a in answers[:: self._ask.n])
+    written = sum(len(a.completion.tokens) for a in answers)
+    return {
+      "prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
+    }  # fmt: skip
