@@ -12,11 +12,12 @@ import functools
 import os
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trinity_jax.errors import UserError
-from trinity_jax.explorer.rewards import answers
+from trinity_jax.explorer.rewards import answers, math_text
 from trinity_jax.explorer.rewards.grader_pool import GraderPool
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def math_reward(
   The answer is what the last `\\boxed{...}` or `####` marks; without a mark math_verify looks for
   it in the whole response ("the answer is ...", the last formula, the last number). A response
   that the grader fails on (CPU-time limit, memory, crash) scores 0.0 and is counted, see
-  `grading_counts`.
+  `grading_counts`. Units and percent signs may be missing on either side; where a number has one
+  on both, it must be the same one.
 
   Args:
     response: what the model wrote.
@@ -73,8 +75,19 @@ def grading_counts(workers: int = WORKERS) -> dict[str, int]:
 
 def request(response: str, truth: str) -> tuple[str, str]:
   """Returns (text to find the answer in, reference) as the grader wants them."""
-  answer = answers.final_answer(response)
-  return response if answer is None else _as_box(answer), _as_box(reference(truth))
+  answer, gold = answers.final_answer(response), reference(truth)
+  if answer is None:
+    return response, _as_box(gold)
+  if math_text.units_differ(answer, gold):  # then the number says nothing
+    return f"\\boxed{{\\text{{{math_text.unit(answer)}}}}}", _as_box(gold)
+  # A percent sign may be missing. math_verify knows that of integers, and that 25 % is 0.25.
+  percent = not _same_number(answer, gold)
+  return _as_box(answer, percent), _as_box(gold, percent)
+
+
+def _same_number(answer: str, truth: str) -> bool:
+  first, second = (answers.number(_bare(text)) for text in (answer, truth))
+  return first is not None and second is not None and Decimal(first) == Decimal(second)
 
 
 def reference(truth: str) -> str:
@@ -89,12 +102,17 @@ def reference(truth: str) -> str:
   return answer
 
 
-def _as_box(answer: str) -> str:
+def _bare(answer: str) -> str:
+  return math_text.tidy(_LEAD.sub("", answer).strip("* "))
+
+
+def _as_box(answer: str, percent: bool = True) -> str:
   """Marks an answer so that math_verify takes all of it and searches nothing."""
-  answer = _LEAD.sub("", answer).strip("* ")
+  answer = _bare(answer)
   number = answers.number(answer)
   if number is not None:
-    return f"\\boxed{{{number}}}"
+    sign = "\\%" if percent and "%" in answer else ""
+    return f"\\boxed{{{number}{sign}}}"
   return f"\\boxed{{{answer.strip('$')}}}"
 
 

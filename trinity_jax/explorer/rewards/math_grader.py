@@ -7,7 +7,9 @@ here and the worker's CPU-time limit takes their place.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
+import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -35,9 +37,19 @@ def grade(response: str, truth: str) -> tuple[float, str]:
   answer = parse(response, parsing_timeout=0, **(_MARKED if marked else {}))
   if not answer:
     return 0.0, "unparsed"
-  if verify(gold, answer, timeout_seconds=0, raise_on_error=True):
+  # An inequality answers an interval, as an interval answers an inequality.
+  options = {"timeout_seconds": 0, "raise_on_error": True, "allow_set_relation_comp": True}
+  if verify([_complex(g) for g in gold], [_complex(a) for a in answer], **options):
     return 1.0, "correct"
   return 0.0, "wrong"
+
+
+def _complex(found: Any) -> Any:
+  """math_verify takes i for a variable; on both sides it is the imaginary unit."""
+  if not isinstance(found, sympy.Expr):
+    return found
+  names = [s for s in found.free_symbols if str(s) == "i"]
+  return found.subs(names[0], sympy.I) if names else found
 
 
 def warm_up() -> None:
