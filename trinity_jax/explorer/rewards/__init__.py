@@ -5,6 +5,7 @@ one, several ("math+format"), or a user's ("module:function").
 """
 
 from trinity_jax.explorer.rewards.arithmetic import arithmetic_reward
+from trinity_jax.explorer.rewards.code import code_reward, code_reward_async
 from trinity_jax.explorer.rewards.countdown import countdown_reward
 from trinity_jax.explorer.rewards.format import format_reward
 from trinity_jax.explorer.rewards.grader_pool import Grade, GraderPool
@@ -30,6 +31,8 @@ __all__ = [
   "RewardFn",
   "Score",
   "arithmetic_reward",
+  "code_reward",
+  "code_reward_async",
   "combine",
   "countdown_reward",
   "format_reward",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from trinity_jax import plugins
 from trinity_jax.errors import UserError, suggestion
 from trinity_jax.explorer.rewards.arithmetic import arithmetic_reward
+from trinity_jax.explorer.rewards.code import code_reward, code_reward_async
 from trinity_jax.explorer.rewards.countdown import countdown_reward
 from trinity_jax.explorer.rewards.format import format_reward
 from trinity_jax.explorer.rewards.math import math_reward, math_reward_async
@@ -46,6 +47,7 @@ class _Builtin(NamedTuple):
 
 _BUILTINS = {
   "arithmetic": _Builtin(arithmetic_reward, None),
+  "code": _Builtin(code_reward, code_reward_async),
   "countdown": _Builtin(countdown_reward, None),
   "format": _Builtin(format_reward, None),
   "math": _Builtin(math_reward, math_reward_async),
