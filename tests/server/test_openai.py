@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import httpx
 import numpy as np
@@ -123,9 +124,7 @@ def test_an_agent_with_the_official_client_is_recorded_token_for_token(served, u
   starts = [i for i in range(1, len(mask)) if mask[i] and not mask[i - 1]]
   assert len(starts) == model.turns == 10 and model.forks == 0 and len(e.messages) == 21
 
-  bare = Model(
-    sampler, served.tokenizer, ExperienceId(1, 0, 0, 0), 0, SamplingParams(1.0, 12), 480
-  )
+  bare = Model(sampler, served.tokenizer, ExperienceId(1, 0, 0, 0), 0, SamplingParams(1.0, 12), 480)
 
   async def tokens_only():
     for start in starts:
@@ -231,11 +230,12 @@ def test_a_client_that_leaves_frees_its_slot(served, up):
 
 def test_a_run_that_ends_ends_its_session(served, up):
   sampler, server = up
-  model = served.model(sampler, server)
 
   async def talk():
+    model = served.model(sampler, server)
     client = model.openai(max_retries=0)
     await client.chat.completions.create(model="m", messages=HELLO, max_tokens=2)
+    assert server._sessions.of(client.api_key) is not None
     model.close()
     with pytest.raises(openai.APIStatusError, match="has ended") as e:
       await client.chat.completions.create(model="m", messages=HELLO)
@@ -244,6 +244,21 @@ def test_a_run_that_ends_ends_its_session(served, up):
     return client.api_key
 
   token = served.run(sampler, talk)
-  sessions = len(server._sessions)
-  del model
-  assert len(server._sessions) < sessions and server._sessions.of(token) is None
+  gc.collect()  # the traceback of `raises` holds the handle
+  assert server._sessions.of(token) is None  # it went with the run's handle
+
+
+def test_closing_a_run_ends_what_its_agent_still_asks(served, up):
+  sampler, server = up
+
+  async def talk():
+    model = served.model(sampler, server)
+    async with model.openai(max_retries=0) as client:
+      stream = await client.chat.completions.create(model="m", messages=HELLO, n=16, stream=True)
+      await anext(aiter(stream))
+      model.close()
+      with pytest.raises(openai.APIError, match="has ended"):
+        async for _ in stream:
+          pass
+
+  served.run(sampler, talk)
