@@ -26,51 +26,18 @@ from trinity_jax import plugins
 from trinity_jax.errors import UserError, suggestion
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer import tool_calls
+from trinity_jax.explorer.adapt import as_workflow
+from trinity_jax.explorer.answer import Answer, PromptTooLong, RunEnded, SamplingParams
 from trinity_jax.explorer.dialogue import Dialogue, Messages, Tools
 from trinity_jax.explorer.replies import Reply, sample
 from trinity_jax.explorer.rewards import Score
 from trinity_jax.models.tokenizer import Tokenizer
-from trinity_jax.sampler.request import Completion, Request
+from trinity_jax.sampler.request import Request
 from trinity_jax.sampler.rollout_engine import Member
 from trinity_jax.sampler.sampling import request_key
 
 Reward = float | Mapping[str, float] | None
 Workflow = Callable[[Task, "Model"], Awaitable[Reward]]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-  """How responses are drawn: temperature (0 is greedy), top_p, top_k, tokens per response."""
-
-  temperature: float
-  limit: int
-  top_p: float = 1.0
-  top_k: int = 0
-
-
-class PromptTooLong(UserError):
-  """The dialogue no longer fits the sampler; ends the run with StopReason.PROMPT_TOO_LONG."""
-
-
-class RunEnded(ValueError):
-  """The run is over: its model answers no more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  """What a turn of a dialogue gave.
-
-  Attributes:
-    message: the assistant's message, with `tool_calls` where it calls tools.
-    prompt: token ids that were continued.
-    completion: what was sampled.
-    tool_error: why text that looks like a tool call is none, "" otherwise.
-  """
-
-  message: dict[str, Any]
-  prompt: list[int]
-  completion: Completion
-  tool_error: str = ""
 
 
 class Model:
@@ -264,13 +231,21 @@ class Model:
     return await asyncio.wrap_future(self._session.feedback)
 
   def close(self) -> None:
-    """Ends the handle: calls under way are cancelled, later ones refused. From its own loop."""
+    """Ends the handle: calls under way are cancelled, later ones refused.
+
+    From its own loop, and not from within a call.
+    """
     self._closed = True
     if self._session is not None:
       self._session.close()
     for task in list(self._asking):
-      if task is not _current():
-        task.cancel()
+      task.cancel()
+
+  async def aclose(self) -> None:
+    """`close`, and waits until the sampler knows of every call that was cancelled."""
+    open_ = list(self._asking)
+    self.close()
+    await asyncio.gather(*open_, return_exceptions=True)
 
   # --- one turn ----------------------------------------------------------------------------------
 
@@ -404,7 +379,7 @@ _MOST_ERRORS = 8  # kept with an experience
 
 
 def find_workflow(name: str) -> Workflow:
-  """Returns a built-in workflow or the user's 'module:function'.
+  """Returns a built-in workflow or the user's 'module:function' (or class, see adapt.as_workflow).
 
   Raises:
     UserError: no such workflow.
@@ -412,9 +387,9 @@ def find_workflow(name: str) -> Workflow:
   from trinity_jax.explorer.workflows import WORKFLOWS  # they import this module
 
   if name in WORKFLOWS:
-    return WORKFLOWS[name]
+    return as_workflow(WORKFLOWS[name], name)
   if ":" in name:
-    return plugins.load(name, "workflow")
+    return as_workflow(plugins.load(name, "workflow"), name)
   raise UserError(
     f"config.taskset.workflow = {name!r}: no such workflow{suggestion(name, WORKFLOWS)} (or name "
     "your own as 'module:function')"
