@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from trinity_jax import plugins
 from trinity_jax.errors import UserError, suggestion
 from trinity_jax.explorer.rewards.arithmetic import arithmetic_reward
+from trinity_jax.explorer.rewards.boxed import (
+  accuracy_reward,
+  accuracy_reward_async,
+  boxed_reward,
+  boxed_reward_async,
+)
 from trinity_jax.explorer.rewards.code import code_reward, code_reward_async
 from trinity_jax.explorer.rewards.countdown import countdown_reward
+from trinity_jax.explorer.rewards.dapo import dapo_reward, dapo_reward_async
 from trinity_jax.explorer.rewards.format import format_reward
 from trinity_jax.explorer.rewards.math import math_reward, math_reward_async
+from trinity_jax.explorer.rewards.rubric import rubric_reward
+from trinity_jax.explorer.rewards.ruler import ruler_reward
 from trinity_jax.explorer.threads import in_thread
 
 if TYPE_CHECKING:
   from trinity_jax.experience import Task
+
+T = TypeVar("T")
 
 
 class RewardFn(Protocol):
@@ -31,6 +43,18 @@ class RewardFn(Protocol):
   def __call__(
     self, response: str, truth: str, task: Task | None = None, /, **args: Any
   ) -> float | Mapping[str, float]: ...
+
+
+class GroupRewardFn(Protocol):
+  """One that sees all responses to a task at once, to compare them or to grade them as a batch.
+
+  Known by an attribute `judges_group = True` of the function. Returns one value per response, each
+  as a RewardFn's; may be a coroutine function as well.
+  """
+
+  def __call__(
+    self, responses: Sequence[str], truth: str, task: Task | None = None, /, **args: Any
+  ) -> Sequence[float | Mapping[str, float]]: ...
 
 
 class Score(NamedTuple):
@@ -46,11 +70,16 @@ class _Builtin(NamedTuple):
 
 
 _BUILTINS = {
+  "accuracy": _Builtin(accuracy_reward, accuracy_reward_async),
   "arithmetic": _Builtin(arithmetic_reward, None),
+  "boxed": _Builtin(boxed_reward, boxed_reward_async),
   "code": _Builtin(code_reward, code_reward_async),
   "countdown": _Builtin(countdown_reward, None),
+  "dapo": _Builtin(dapo_reward, dapo_reward_async),
   "format": _Builtin(format_reward, None),
   "math": _Builtin(math_reward, math_reward_async),
+  "rubric": _Builtin(rubric_reward, None),
+  "ruler": _Builtin(ruler_reward, None),
 }
 
 
@@ -88,7 +117,15 @@ class _Part:
   function: Callable[..., Any]
   coroutine: Callable[..., Any] | None
   inline: bool  # ours and quick, so it may run on the event loop
+  group: bool  # wants all responses of a group
   weight: float
+
+  async def run(self, response: Any, truth: str, task: Task | None) -> Any:
+    if self.coroutine:
+      return await self.coroutine(response, truth, task)
+    if self.inline:
+      return self.function(response, truth, task)
+    return await in_thread(self.function, response, truth, task)
 
   def read(self, value: Any) -> dict[str, float]:
     """Checks what the function returned and names it."""
@@ -114,22 +151,47 @@ class Reward:
   parts: tuple[_Part, ...]
   weights: Mapping[str, float]
 
+  @property
+  def needs_group(self) -> bool:
+    """Whether only `grade_group` can score: one of the functions compares responses."""
+    return any(part.group for part in self.parts)
+
   def __call__(self, response: str, truth: str, task: Task | None = None) -> Score:
     """Scores in the calling thread."""
+    self._refuse_single()
     return self._sum([part.function(response, truth, task) for part in self.parts])
 
   async def grade(self, response: str, truth: str, task: Task | None = None) -> Score:
     """Scores without blocking the event loop: coroutines are awaited, a user's plain function
     runs in a thread."""
+    self._refuse_single()
+    return self._sum([await part.run(response, truth, task) for part in self.parts])
 
-    async def run(part: _Part) -> Any:
-      if part.coroutine:
-        return await part.coroutine(response, truth, task)
-      if part.inline:
-        return part.function(response, truth, task)
-      return await in_thread(part.function, response, truth, task)
+  async def grade_group(
+    self, responses: Sequence[str], truth: str, task: Task | None = None
+  ) -> list[Score]:
+    """Scores all responses to a task, in order, as `grade` does; each of its functions either sees
+    them one by one (all at the same time) or, a group reward, all at once."""
+    if not responses:
+      return []
 
-    return self._sum([await run(part) for part in self.parts])
+    async def column(part: _Part) -> list[Any]:
+      if not part.group:
+        return await _together(part.run(r, truth, task) for r in responses)
+      values = list(await part.run(list(responses), truth, task))
+      if len(values) != len(responses):
+        raise UserError(
+          f"reward {part.name!r} returned {len(values)} values for {len(responses)} responses; "
+          "expected one each"
+        )
+      return values
+
+    columns = await _together(map(column, self.parts))
+    return [self._sum(list(row)) for row in zip(*columns)]
+
+  def _refuse_single(self) -> None:
+    if self.needs_group:
+      raise UserError(f"reward {self.spec!r} compares the runs of a group; use grade_group")
 
   def _sum(self, results: list[Any]) -> Score:
     values, weights = {}, dict(self.weights)
@@ -140,6 +202,16 @@ class Reward:
         values[name] = value
         weights[name] = part.weight * self.weights.get(name, 1.0)
     return Score(combine(values, weights), values)
+
+
+async def _together(awaitables: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+  """All results, in order; when one fails the others are cancelled and its error is raised."""
+  try:
+    async with asyncio.TaskGroup() as group:
+      tasks = [group.create_task(a) for a in awaitables]
+  except BaseExceptionGroup as e:
+    raise e.exceptions[0] from e
+  return [t.result() for t in tasks]
 
 
 def make_reward(
@@ -178,6 +250,7 @@ def _part(name: str, args: Any, workers: int | None) -> _Part:
   function = resolve(name)
   builtin = _BUILTINS.get(name)
   coroutine = builtin.coroutine if builtin else None
+  group = bool(getattr(function, "judges_group", False))
   if inspect.iscoroutinefunction(function):
     function, coroutine = functools.partial(_refuse, name), function
   keywords = dict(args) if isinstance(args, Mapping) else {"weight": args}
@@ -197,6 +270,7 @@ def _part(name: str, args: Any, workers: int | None) -> _Part:
     function=functools.partial(function, **keywords),
     coroutine=functools.partial(coroutine, **keywords) if coroutine else None,
     inline=builtin is not None,
+    group=group,
     weight=weight,
   )
 
