@@ -6,6 +6,8 @@ import json
 import shutil
 import sqlite3
 import threading
+import tomllib
+from pathlib import Path
 
 import httpx
 import made_up_run
@@ -13,6 +15,7 @@ import pytest
 
 from trinity_jax.errors import UserError
 from trinity_jax.server.viewer import Viewer
+from trinity_jax.server.viewer.app import STATIC
 from trinity_jax.server.viewer.folder import Folder, _thin
 from trinity_jax.server.viewer.index import Index, Query
 
@@ -179,6 +182,21 @@ def test_long_curves_keep_their_spikes():
   thin = _thin(points, 600)
   assert len(thin) <= 600 and [4321, 7.0] in thin
   assert thin == sorted(thin)
+
+
+def test_tokens_that_are_parts_of_a_character(run):
+  text = "a\u00e9\U0001f600b"
+  ids = run.tokenizer.encode(text).ids
+  pieces, _ = Folder(run.folder).pieces("grpo", [*ids, ids[1], ids[0], ids[1]])
+  assert pieces == ["a", "\u00e9", "", "\U0001f600", "", "", "", "b", "\ufffd", "a", "\ufffd"]
+
+
+def test_the_pages_files_are_packaged():
+  root = Path(__file__).parents[2]
+  project = tomllib.loads((root / "pyproject.toml").read_text())
+  patterns = project["tool"]["setuptools"]["package-data"]["trinity_jax.server.viewer"]
+  assert all(any(Path(name).match(p) for p in patterns) for name in STATIC.values())
+  assert all((root / "trinity_jax/server/viewer" / name).is_file() for name in STATIC.values())
 
 
 def test_an_address_in_use_is_an_error_of_the_user(viewer, run):

@@ -136,3 +136,17 @@ def test_the_page_follows_a_run_and_keeps_its_token_to_itself(page, run):
   wait_for_text(page, "figure[data-metric=loss] b", "0.1")
   page.reload()  # the token is kept for this tab
   wait_for_count(page, 18)
+
+
+def test_long_rollouts_come_in_parts(page, monkeypatch):
+  monkeypatch.setattr("trinity_jax.server.viewer.records.TOKENS", 15)
+  page.click("tr[data-id='1/1/2/0']")
+  wait_for_text(page, "#token-note", "Tokens 1–15 of 22. ")
+  assert page.locator("#tokens .tok").count() == 15
+  page.click("#more")
+  playwright.expect(page.locator("#tokens .tok")).to_have_count(22, timeout=20_000)
+  assert page.locator("#tokens .turn").count() == 2 and not page.is_visible("#more")
+  assert page.inner_text("#tokens .turn.action").replace("\n", "") == "policy2 of run 2"
+  page.click("#group button:nth-child(1)")
+  wait_for_text(page, "#detail-id", "Rollout 1/1/0/0")
+  assert page.locator("#tokens .tok").count() == 15

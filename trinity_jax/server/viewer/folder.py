@@ -15,6 +15,7 @@ from trinity_jax.monitor.writers import read_stage
 from trinity_jax.server.viewer.index import FILE as BUFFER
 from trinity_jax.server.viewer.index import Index
 
+_LONGEST_CHARACTER = 6  # tokens that are tried together
 POINTS = 600  # of a curve that are sent at most
 WATCHED = (METRICS, BUFFER, f"{BUFFER}-wal", "stage.json")  # files whose changes the page shows
 
@@ -90,10 +91,12 @@ class Folder:
     return {"names": known, "series": series, "rows": len(rows)}
 
   def pieces(self, name: str, ids: Sequence[int]) -> tuple[list[str] | None, str]:
-    """The text of each token, and where the tokenizer was found; (None, "") without one."""
+    """The text of each token, and where the tokenizer was found; (None, "") without one.
+
+    Tokens that only together are characters: the first has the text, the others "".
+    """
     for folder in self._tokenizers(name):
-      inner = self._load(folder)
-      return [inner.decode([int(i)], skip_special_tokens=False) for i in ids], str(folder)
+      return _pieces(self._load(folder), ids), str(folder)
     return None, ""
 
   def _tokenizers(self, name: str) -> list[Path]:
@@ -116,6 +119,21 @@ class Folder:
         except Exception as e:  # the library raises plain Exceptions
           raise UserError(f"{folder}/tokenizer.json: unreadable tokenizer: {e}") from e
       return self._loaded[folder]
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+  decode = lambda part: tokenizer.decode([int(i) for i in part], skip_special_tokens=False)
+  out: list[str] = []
+  while len(out) < len(ids):
+    at = len(out)
+    first = text = decode(ids[at : at + 1])
+    size = 1
+    while "\ufffd" in text and size < _LONGEST_CHARACTER and at + size < len(ids):
+      size += 1
+      text = decode(ids[at : at + size])
+    # Bytes that are no text, however many are taken, stand for themselves.
+    out += [first] if "\ufffd" in text else [text, *[""] * (size - 1)]
+  return out
 
 
 def _is_stage(folder: Path) -> bool:

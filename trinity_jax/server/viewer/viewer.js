@@ -318,7 +318,7 @@ function drawTokens() {
 function tokenElement(t, i, name, values, low, high) {
   const text = t.text ? visible(t.text[i]) : `⟨${t.ids[i]}⟩`;
   const out = element("span", t.mixed && t.mixed[i] ? "tok mixed" : "tok");
-  out.textContent = text.replace(/\n/g, "⏎\n");
+  out.textContent = text.replace(/\n/g, "⏎\n") || "⋯";  // ⋯: part of the character before
   const lines = [`token ${t.ids[i]} at ${state.rollout.first + i}`];
   if (t.action[i]) {
     lines.push(`log-prob ${number(t.logprobs[i])} (p = ${number(Math.exp(t.logprobs[i]), 3)})`,
