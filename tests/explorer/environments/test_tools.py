@@ -33,8 +33,8 @@ def test_calculator(expression, value):
 @pytest.mark.parametrize(
   "expression",
   ["", "1 +", "1 2", "__import__('os')", "1/0", "1 % 0", "0^-1", "9^9^9", "2^5000", "(" * 500,
-   "sqrt(-1)", "sqrt 4", "-" * 999, "1" * 2000, "x", "sqrt", "9" * 999 + "^9", "2^(1/99999999999)^-1",
-   "(-8)^(1/3)",
+   "sqrt(-1)", "sqrt 4", "-" * 999, "1" * 2000, "x", "sqrt", "9" * 999 + "^9",
+   "2^(1/99999999999)^-1",   "(-8)^(1/3)",
    "10^300 ^ 1.5", "1e5"],
 )  # fmt: skip
 def test_calculator_refuses(expression):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -44,6 +45,21 @@ class Environment(Protocol):
 
   def close(self) -> Any:
     """Lets go of everything; called once, also after a failure."""
+
+
+def checked(step: Any) -> Step:
+  """What an environment's step returned, if it is what it should be.
+
+  Raises:
+    ValueError: it is no Step, its observation no text or its reward no finite number.
+  """
+  if not isinstance(step, Step):
+    raise ValueError(f"the environment's step returned {str(step)[:80]!r}; expected a Step")
+  if not isinstance(step.observation, str):
+    raise ValueError(f"the environment's observation is {type(step.observation).__name__}, no text")
+  if not isinstance(step.reward, (int, float)) or not math.isfinite(step.reward):
+    raise ValueError(f"the environment's reward is {step.reward!r}; expected a finite number")
+  return step
 
 
 async def call(environment: Environment, name: str, *args: Any) -> Any:

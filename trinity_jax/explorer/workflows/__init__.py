@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from trinity_jax.explorer.workflows.environment import environment
 from trinity_jax.explorer.workflows.gym import gym
 from trinity_jax.explorer.workflows.single_turn import single_turn
 from trinity_jax.explorer.workflows.tool_use import tool_use
 
-WORKFLOWS = {"gym": gym, "single_turn": single_turn, "tool_use": tool_use}
+WORKFLOWS = {
+  "environment": environment,
+  "gym": gym,
+  "single_turn": single_turn,
+  "tool_use": tool_use,
+}

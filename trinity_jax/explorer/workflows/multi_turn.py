@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from trinity_jax.explorer.environments.environment import Environment, Step, call
+from trinity_jax.explorer.environments.environment import Environment, Step, call, checked
 from trinity_jax.explorer.workflow import Model
 
 
@@ -37,6 +37,9 @@ async def play(
     environment: fresh, used by nobody else.
     max_turns: actions after which the episode is over.
     system: system message, if any.
+
+  Raises:
+    ValueError: the environment returned what is no observation or reward.
   """
   messages = [{"role": "system", "content": system}] if system else []
   total, turns, step = 0.0, 0, Step("")
@@ -44,7 +47,7 @@ async def play(
     messages.append({"role": "user", "content": await call(environment, "reset")})
     while turns < max_turns and not step.done:
       action = await model.chat(messages)
-      step = await call(environment, "step", action)
+      step = checked(await call(environment, "step", action))
       total, turns = total + step.reward, turns + 1
       messages = [*model.messages, {"role": "user", "content": step.observation}]
   finally:
