@@ -114,6 +114,17 @@ def test_malformed_prompts_are_refused(client, prompt):
   assert error_of(answer, 400)["param"] == "prompt"
 
 
+def test_deep_and_long_requests_are_answered(client):
+  for deep in range(900, 1000, 7):  # wherever along the way the stack ends
+    parameters = json.loads('{"a":' * deep + "1" + "}" * deep) if deep < 940 else {}
+    arguments = '{"a":' * deep + "1" + "}" * deep
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    said = [*CHAT["messages"], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    body = {**CHAT, "messages": said, "tools": [tool]}
+    assert client.post("/v1/chat/completions", json=body).status_code in (200, 400, 413)
+
+
 def test_requests_of_no_value_but_null_are_those_that_left_them_out(client):
   nothing = dict.fromkeys(("n", "stop", "tools", "seed", "logit_bias", "tool_choice", "top_p"))
   assert client.post("/v1/chat/completions", json={**CHAT, **nothing}).status_code == 200

@@ -201,6 +201,9 @@ def test_a_prompt_that_does_not_fit_is_named_and_streams_fail_like_answers(clien
     with pytest.raises(openai.BadRequestError, match="exceeds") as e:
       client.chat.completions.create(model="m", messages=long, stream=stream)
     assert e.value.code == "context_length_exceeded"
+  very = [{"role": "user", "content": "x" * 100_000}]
+  with pytest.raises(openai.BadRequestError, match="of 1000.. tokens exceeds"):
+    client.chat.completions.create(model="m", messages=very)
   with pytest.raises(openai.BadRequestError, match="max_tokens = 33: at most 32"):
     client.chat.completions.create(model="m", messages=HELLO, max_tokens=33)
   with pytest.raises(openai.BadRequestError, match="frequency_penalty"):

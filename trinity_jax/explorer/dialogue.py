@@ -22,6 +22,8 @@ from trinity_jax.explorer.tool_calls import canonical, for_template
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.request import Completion
 
+LONG = 65_536  # characters; longer dialogues are tokenised off the event loop
+
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 

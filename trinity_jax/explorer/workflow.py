@@ -28,9 +28,10 @@ from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer import tool_calls
 from trinity_jax.explorer.adapt import as_workflow
 from trinity_jax.explorer.answer import Answer, PromptTooLong, RunEnded, SamplingParams
-from trinity_jax.explorer.dialogue import Dialogue, Messages, Tools
+from trinity_jax.explorer.dialogue import LONG, Dialogue, Messages, Tools
 from trinity_jax.explorer.replies import Reply, sample
 from trinity_jax.explorer.rewards import Score
+from trinity_jax.explorer.threads import in_thread
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.request import Request
 from trinity_jax.sampler.rollout_engine import Member
@@ -152,7 +153,10 @@ class Model:
     """
     log = self._log_for(messages, tools)
     async with self._held(log):
-      prompt = log.prompt(messages, tools)
+      if sum(len(str(m.get("content"))) for m in messages) > LONG:
+        prompt = await in_thread(log.prompt, messages, tools)
+      else:
+        prompt = log.prompt(messages, tools)
       reply = await self._turn(log, prompt, **ask)
       parsed = tool_calls.parse(reply.text, tools if parse else ())
       if single_call:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trinity_jax.experience import StopReason
-from trinity_jax.explorer.workflow import Answer
+from trinity_jax.explorer.answer import Answer
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.server.protocol import Ask
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.explorer import tool_calls
+from trinity_jax.explorer.answer import Answer, PromptTooLong, RunEnded, SamplingParams
 from trinity_jax.explorer.replies import sample
-from trinity_jax.explorer.workflow import Answer, PromptTooLong, RunEnded, SamplingParams
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.request import Request
 from trinity_jax.sampler.rollout_engine import RolloutEngine
@@ -49,6 +49,8 @@ def api_errors() -> Iterator[None]:
     raise ApiError(400, str(e), param="messages", code="context_length_exceeded") from e
   except UserError as e:
     raise ApiError(400, str(e)) from e
+  except RecursionError as e:
+    raise ApiError(400, "the request's JSON is nested too deeply") from e
   except RunEnded as e:
     raise ended() from e
   except RunFailed as e:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from trinity_jax.explorer.workflow import Answer
+from trinity_jax.explorer.answer import Answer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

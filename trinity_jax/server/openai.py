@@ -10,9 +10,10 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from trinity_jax.experience import Experience
+from trinity_jax.explorer.answer import Answer
+from trinity_jax.explorer.dialogue import LONG
 from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.threads import in_thread
-from trinity_jax.explorer.workflow import Answer
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.server import protocol
@@ -164,7 +165,10 @@ class Api:
       self._sampling.add(task)
       try:
         with api_errors():
-          choices = backend.choices(ask, on_text)
+          if ask.size > LONG:  # seconds of tokenising are not for the event loop
+            choices = await in_thread(backend.choices, ask, on_text)
+          else:
+            choices = backend.choices(ask, on_text)
         answers = await gathered(choices, self._deadline)
       finally:
         self._sampling.discard(task)

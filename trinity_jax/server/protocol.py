@@ -95,6 +95,11 @@ class Ask:
     """Names of the sampling parameters that the client set."""
     return [k for k in ("temperature", "top_p", "top_k", "min_p") if getattr(self, k) is not None]
 
+  @property
+  def size(self) -> int:
+    """Characters (or ids) to be made a prompt."""
+    return sum(len(m["content"]) for m in self.messages or ()) + sum(map(len, self.prompts))
+
 
 def parse_json(data: bytes) -> dict[str, Any]:
   """A request's body as an object.

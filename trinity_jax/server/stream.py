@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trinity_jax.explorer.workflow import Answer
+from trinity_jax.explorer.answer import Answer
 from trinity_jax.server.answers import Writer
 from trinity_jax.server.backend import OnText
 from trinity_jax.server.gate import json_response
