@@ -230,8 +230,9 @@ def test_text_streams_in_whole_characters_up_to_a_stop_string(tokenizer):
 def test_text_of_any_bytes_is_what_decoding_the_whole_gives(tokenizer, seed):
   ids = np.random.default_rng(seed).integers(0, 300, 60).tolist()
   reader, pieces = Reader(tokenizer, ["\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd!"]), []
-  for token in ids:
-    reader.push(token)
+  stretches = [ids[i : i + seed + 1] for i in range(0, len(ids), seed + 1)]
+  for tokens in stretches:
+    reader.push(*tokens)
     pieces.append(reader.take())
   reader.finish()
   assert "".join([*pieces, reader.take()]) == tokenizer.decode(ids)

@@ -33,15 +33,19 @@ class Reader:
     self._tokenizer, self._stop = tokenizer, [s for s in stop if s]
     self._ids: list[int] = []
     self._context = self._read = self._given = 0
+    self._before = ""  # the text of what is read already, from the context on
 
-  def push(self, token: int) -> bool:
-    """Takes the next token; True once a stop string is complete."""
-    self._ids.append(token)
-    before = self._tokenizer.decode(self._ids[self._context : self._read])
+  def push(self, *tokens: int) -> bool:
+    """Takes the next tokens; True once a stop string is complete.
+
+    To know which token completes one, give them one at a time.
+    """
+    self._ids.extend(tokens)
     now = self._tokenizer.decode(self._ids[self._context :])
-    if len(now) > len(before) and not now.endswith("\ufffd"):
-      self._add(now[len(before) :])
+    if len(now) > len(self._before) and not now.endswith("\ufffd"):
+      self._add(now[len(self._before) :])
       self._context, self._read = self._read, len(self._ids)
+      self._before = self._tokenizer.decode(self._ids[self._context :])
     return self.stopped
 
   def _add(self, piece: str) -> None:
@@ -96,11 +100,11 @@ async def sample(
   reader, parts = Reader(tokenizer, stop), []
   stream = getattr(member, "stream", None)
   if stream is None:
-    parts.append(_read(reader, await member.generate(request)))
+    parts.append(_read(reader, await member.generate(request), stop))
   else:
     async with contextlib.aclosing(stream(request)) as chunks:
       async for chunk in chunks:
-        parts.append(_read(reader, chunk))
+        parts.append(_read(reader, chunk, stop))
         if reader.stopped:
           break
         if on_text and (piece := reader.take()):
@@ -111,8 +115,11 @@ async def sample(
   return Reply(join(parts, parts[-1].stop_reason), reader.text)
 
 
-def _read(reader: Reader, chunk: Completion) -> Completion:
+def _read(reader: Reader, chunk: Completion, stop: Sequence[str]) -> Completion:
   """Reads a stretch of tokens, up to the end of a stop string."""
+  if not stop:
+    reader.push(*chunk.tokens.tolist())
+    return chunk
   for n, token in enumerate(chunk.tokens.tolist(), start=1):
     if reader.push(token):
       kept = {k: getattr(chunk, k)[:n] for k in ("tokens", "logprobs", "versions", "mixed")}

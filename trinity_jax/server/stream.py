@@ -72,13 +72,26 @@ class Events:
     work.add_done_callback(lambda _: pieces.put_nowait(None))
     begun: set[int] = set()
     try:
-      while (item := await pieces.get()) is not None:
-        await self._begin(item[0], begun, send)
-        await self._send(send, self._writer.text(*item))
+      more = True
+      while more:
+        more = await self._pass_on(pieces, begun, send)
       await self._end(work, live, begun, scope, receive, send)
     finally:
       work.cancel()
       await asyncio.gather(work, return_exceptions=True)
+
+  async def _pass_on(self, pieces: asyncio.Queue, begun: set[int], send: Send) -> bool:
+    """Sends what has come, a choice's pieces in one: who is behind sends fewer, longer chunks."""
+    items = [await pieces.get()]
+    while not pieces.empty():
+      items.append(pieces.get_nowait())
+    texts: dict[int, str] = {}
+    for index, piece in filter(None, items):
+      texts[index] = texts.get(index, "") + piece
+    for index, text in texts.items():
+      await self._begin(index, begun, send)
+      await self._send(send, self._writer.text(index, text))
+    return items[-1] is not None
 
   async def _begin(self, index: int, begun: set[int], send: Send) -> None:
     if self._ask.messages is not None and index not in begun:
