@@ -7,6 +7,7 @@ import shutil
 import made_up_run
 import pytest
 
+from trinity_jax.monitor.writers import JsonlWriter
 from trinity_jax.server.viewer import Viewer
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -150,3 +151,19 @@ def test_long_rollouts_come_in_parts(page, monkeypatch):
   page.click("#group button:nth-child(1)")
   wait_for_text(page, "#detail-id", "Rollout 1/1/0/0")
   assert page.locator("#tokens .tok").count() == 15
+
+
+def test_the_page_goes_on_to_the_next_stage_unless_one_was_chosen(page, run):
+  def begin(name: str) -> None:
+    writer = JsonlWriter(run.folder / name / "metrics.jsonl")
+    writer.write(0, {"loss": 1.0})
+    writer.close()
+
+  wait_for_text(page, "#live", "following")
+  run.stage.joinpath("buffer.sqlite").rename(run.folder / "moved")  # no rollouts to prefer
+  begin("second")
+  playwright.expect(page.locator("#stage")).to_have_value("second", timeout=20_000)
+  page.select_option("#stage", "grpo")
+  begin("third")
+  playwright.expect(page.locator("#stage option")).to_have_count(3, timeout=20_000)
+  assert page.input_value("#stage") == "grpo"

@@ -132,6 +132,9 @@ class Index:
       if self.path.is_file():
         with _opened(self.path) as connection:
           self._read_groups(connection)
+      elif self._groups:  # removed while we looked
+        self._groups, self._generation = {}, self._generation + 1
+        self._counts = dict.fromkeys(self._counts, 0)
       rows = sum(len(rows) for _, rows in self._groups.values())
       return {**self._counts, "experiences": rows, "generation": self._generation}
 

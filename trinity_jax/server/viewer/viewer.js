@@ -10,7 +10,7 @@ const STOPS = ["stop", "length", "timeout", "error", "aborted", "prompt_too_long
 const FILTERS = ["text", "reward_min", "reward_max", "stop", "batch_min", "batch_max", "task",
                  "order"];
 const PAGE = 50;
-const state = {stage: "", offset: 0, curves: null, id: "", rollout: null, total: 0};
+const state = {stage: "", picked: false, offset: 0, curves: null, id: "", rollout: null, total: 0};
 let token = "";
 
 // --- talking to the server ----------------------------------------------------------------------
@@ -86,7 +86,8 @@ async function loadRun() {
     $("workdir").textContent = visible(run.workdir);
     document.title = `${visible(run.workdir)}: rollouts`;
     const names = run.stages.map((s) => s.name);
-    if (!names.includes(state.stage)) {
+    // A run goes on to its next stage; who chose one, or looks at a rollout, stays there.
+    if (!names.includes(state.stage) || (!state.picked && !state.id)) {
       const withRollouts = run.stages.filter((s) => s.experiences > 0);
       state.stage = (withRollouts.length ? withRollouts : run.stages).map((s) => s.name).pop() || "";
     }
@@ -411,7 +412,7 @@ function start() {
     $("filters").elements[name].addEventListener("change", search);
   }
   $("stage").addEventListener("change", () => {
-    Object.assign(state, {stage: $("stage").value, offset: 0, id: "", rollout: null});
+    Object.assign(state, {stage: $("stage").value, picked: true, offset: 0, id: "", rollout: null});
     $("detail").hidden = true;
     $("empty").hidden = false;
     loadAll();
