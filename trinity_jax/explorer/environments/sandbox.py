@@ -151,8 +151,9 @@ class Sandbox:
       finally:
         process.stdin.close()  # the worker kills what it started, and ends
         try:
-          async with asyncio.timeout(_GRACE):
-            await process.wait()
+          with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE):
+              await process.wait()
         finally:
           if process.returncode is None:
             _kill(process.pid)
@@ -177,7 +178,8 @@ class Sandbox:
         with contextlib.suppress(BrokenPipeError):
           process.stdin.close()
         try:
-          process.wait(_GRACE)
+          with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
         finally:
           if process.returncode is None:
             _kill(process.pid)
