@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from trinity_jax.experience import ExperienceId
 from trinity_jax.explorer.workflow import Model, SamplingParams
 from trinity_jax.launch_order import LaunchOrder
-from trinity_jax.models import hf, sharding
+from trinity_jax.models import hf, sharding, transformer
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.engine import EngineSpec
 from trinity_jax.sampler.programs import Programs
@@ -36,6 +38,7 @@ class Served:
     mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
     layout = sharding.param_shardings(hf.load_config(path), mesh)
     self.params, model = hf.load(path, dtype=jnp.float32, shardings=layout)
+    self.config = model
     self.tokenizer = Tokenizer.load(path)
     spec = EngineSpec(model, 8, live_lengths=(PROMPT + RESPONSE,), max_response=RESPONSE)
     self.programs = Programs(
@@ -44,9 +47,13 @@ class Served:
     self.programs.warmup(self.params)
 
   @contextlib.contextmanager
-  def sampler(self):
+  def sampler(self, on_swap="keep"):
     sampler = Sampler(
-      self.programs, steps_per_dispatch=2, refill_fraction=0.2, deterministic=False
+      self.programs,
+      steps_per_dispatch=2,
+      refill_fraction=0.2,
+      deterministic=False,
+      on_swap=on_swap,
     )
     sampler.start()
     sampler.set_params(0, self.params)
@@ -57,9 +64,9 @@ class Served:
       sampler.close()
 
   @contextlib.contextmanager
-  def server(self, **kwargs):
+  def server(self, on_swap="keep", **kwargs):
     """(sampler, server); afterwards no request may be left in the sampler."""
-    with self.sampler() as sampler:
+    with self.sampler(on_swap) as sampler:
       server = serve(
         sampler, self.tokenizer, max_prompt=PROMPT, max_response=RESPONSE, **kwargs
       ).start()
@@ -85,6 +92,24 @@ class Served:
     )  # fmt: skip
     model.server = server
     return model
+
+  def score(self, params, tokens) -> np.ndarray:
+    """Log-probs f32[L] of tokens i32[L] by one forward pass over all of them; 0 for the first."""
+    n, T = len(tokens), PROMPT + RESPONSE
+    padded = jnp.zeros((1, T), jnp.int32).at[0, :n].set(np.asarray(tokens))
+    at = jnp.arange(T)[None]
+    scores = self._scores(params, padded, at, (at < n).astype(jnp.int32))
+    return np.asarray(scores)[:n]
+
+  @functools.cached_property
+  def _scores(self):
+    def scores(params, tokens, positions, segments):
+      hidden = transformer.forward(params, self.config, tokens, positions, segments)
+      logp = jax.nn.log_softmax(transformer.logits(params, self.config, hidden)[0])
+      chosen = jnp.take_along_axis(logp[:-1], tokens[0, 1:, None], axis=-1)[:, 0]
+      return jnp.concatenate([jnp.zeros(1), chosen])
+
+    return jax.jit(scores)
 
   def run(self, sampler, talk):
     """Runs `await talk()` as a run, on a loop that is not the server's."""
