@@ -4,9 +4,9 @@ python launch/main.py --config=configs/frozen_lake.py --workdir=runs/frozen_lake
 
 Generated 4x4 maps that can be solved, not slippery, 100 of them held out; one action per turn, at
 most 8. The demonstrations of the SFT stage ignore the holes 6 times out of 10, so that a greedy
-policy learns to do so and reaches the goal where the straight way happens to be free: 0.26 of the
-held-out maps (seed 0). GRPO sees only whether the goal was reached, and had 0.85 after 10 steps.
-Random actions reach 0.0065 of the goals.
+policy learns to do so and reaches the goal where the straight way happens to be free. GRPO sees
+only whether the goal was reached. Held-out success seen so far, in one run with interruptions: 0.26
+after SFT, 0.85 after 10 steps of GRPO; random actions have 0.0065.
 """
 
 from trinity_jax.config import base_config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
 from trinity_jax.explorer.environments.environment import Step
 from trinity_jax.explorer.workflow import find_workflow
+from trinity_jax.explorer.workflows import multi_turn
 from trinity_jax.explorer.workflows.multi_turn import play
 from trinity_jax.tasks import frozen_lake
 
@@ -94,6 +97,30 @@ def test_environments_are_closed_whatever_happens():
   with pytest.raises(OSError, match="broken"):
     asyncio.run(play(Scripted("a"), env, 10))
   assert env.calls == ["reset", "a", "close"]
+
+
+def test_an_environment_that_hangs_cannot_hold_a_cancelled_run(monkeypatch):
+  """Neither its step nor its close, in threads that never end, keeps the run from ending."""
+  hung = threading.Event()
+
+  class Hung(Recording):
+    def step(self, action):
+      hung.wait()
+
+    def close(self):
+      self.calls.append("close")
+      hung.wait()
+
+  async def main(env):
+    async with asyncio.timeout(0.2):
+      await play(Scripted("a"), env, 10)
+
+  monkeypatch.setattr(multi_turn, "CLOSING", 0.2)
+  env, start = Hung(), time.monotonic()
+  with pytest.raises((TimeoutError, RuntimeError)):
+    asyncio.run(main(env))
+  hung.set()
+  assert env.calls == ["reset", "close"] and time.monotonic() - start < 5
 
 
 def test_observations_are_never_in_the_loss(world):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 from trinity_jax.explorer.environments.environment import Environment, Step, call, checked
 from trinity_jax.explorer.workflow import Model
+
+CLOSING = 10.0  # seconds that an environment may take to close
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,7 @@ async def play(
 
   Raises:
     ValueError: the environment returned what is no observation or reward.
+    RuntimeError: it did not close in CLOSING seconds.
   """
   messages = [{"role": "system", "content": system}] if system else []
   total, turns, step = 0.0, 0, Step("")
@@ -51,5 +55,17 @@ async def play(
       total, turns = total + step.reward, turns + 1
       messages = [*model.messages, {"role": "user", "content": step.observation}]
   finally:
-    await call(environment, "close")
+    await _close(environment)
   return Episode(total, turns, step.done, step.invalid)
+
+
+async def _close(environment: Environment) -> None:
+  """Closes it within a deadline of its own: a run that was cancelled must not wait for ever."""
+  deadline = asyncio.timeout(CLOSING)
+  try:
+    async with deadline:
+      await call(environment, "close")
+  except TimeoutError as e:
+    if deadline.expired():
+      raise RuntimeError(f"the environment did not close in {CLOSING:g} s") from e
+    raise
