@@ -8,6 +8,7 @@
         explore           only samples, for the trainer of the same --workdir; as many as you like,
                           each with its own --config.explorer.name
         bench             evaluates every checkpoint of --workdir on every held-out set
+        serve             the newest model of --workdir behind OpenAI's API
         debug             one task (--task=N) through the workflow once, everything printed
         check             validates, prints data, shapes and memory per device, runs nothing
         keys              prints every config key: default, limits, meaning
@@ -173,6 +174,11 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
     from trinity_jax.bench import bench
 
     bench(config, own["workdir"].value)
+    return
+  if config.mode == "serve":
+    from trinity_jax.serving import serve
+
+    serve(config, own["workdir"].value)
     return
   if config.mode == "debug":
     from trinity_jax.debugging import debug

@@ -205,7 +205,9 @@ class _Bench:
 
   def close(self) -> None:
     if self._parts is not None:
-      self._parts[0].close()
+      engine, groups, _ = self._parts
+      groups.close()
+      engine.close()
     self._loop.close()
 
   def _known(self, one: Weights, i: int) -> bool:

@@ -23,7 +23,7 @@ def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None
   return dataclasses.field(default=default, metadata=meta)
 
 
-MODES = ("both", "explore", "train", "bench", "debug", "check")
+MODES = ("both", "explore", "train", "bench", "serve", "debug", "check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,12 +395,24 @@ class MonitorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ServerConfig:
+  host: str = key("127.0.0.1", "Address that the server listens on; the default is this machine.")
+  port: int = key(0, "Port; 0 takes a free one and prints it.", low=0)
+  model: str = key("policy", "Name under which the policy is served.")
+  max_body: int = key(8 * 2**20, "Largest request, in bytes.", low=1)
+  rate: float = key(0.0, "Requests a second that a bearer token may make; 0 any.", low=0.0)
+  deadline: float = key(600.0, "Seconds after which a request is given up.", above=0)
+  certificate: str = key("", "PEM file; the server speaks TLS with it and its private_key.")
+  private_key: str = key("", "PEM file.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   name: str = key("run", "Name of the run.")
   mode: str = key(
     "both",
     "What this process does: both; explore and train, in processes of their own; bench evaluates "
-    "every checkpoint; check runs nothing.",
+    "every checkpoint; serve answers requests; debug runs one task; check runs nothing.",
     choices=MODES,
   )
   seed: int = key(0, "Seed of everything random.", low=0)
@@ -418,6 +430,7 @@ class Config:
   buffer: BufferConfig = key(BufferConfig(), "Replay buffer.")
   eval: EvalConfig = key(EvalConfig(), "Held-out evaluation.")
   monitor: MonitorConfig = key(MonitorConfig(), "Metrics and progress.")
+  server: ServerConfig = key(ServerConfig(), "OpenAI-compatible server.")
   stages: tuple = key(
     (),
     "Stages run one after the other: dicts with 'name' and keys to override "

@@ -13,22 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from trinity_jax import build, run
-from trinity_jax.algorithms.algorithm import find_row
+from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
-from trinity_jax.config import Config, resolve, stage_configs
+from trinity_jax.config import Config, resolve
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
 from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.explorer.workflow import SamplingParams
-from trinity_jax.launch_order import LaunchOrder
-from trinity_jax.models import hf, sharding
+from trinity_jax.latest import exploring_stage, newest_model, sampling
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.monitor.text import sanitize
+from trinity_jax.sampler.rollout_engine import RolloutEngine
 
 MOST_TEXT = 4000  # characters of one prompt or response
 
@@ -51,8 +49,8 @@ def debug(
   """
   config = config if isinstance(config, Config) else resolve(config)
   workdir = Path(workdir).absolute()
-  stage = _stage(config)
-  model_path = _model(config, stage, workdir)
+  stage = exploring_stage(config)
+  model_path = newest_model(config, workdir)
   taskset = build.training_taskset(stage, make_algorithm(stage.algorithm))
   if not 0 <= task < len(taskset):
     raise UserError(f"--task={task}: the taskset has the tasks 0 to {len(taskset) - 1}")
@@ -60,53 +58,28 @@ def debug(
   tokenizer = Tokenizer.load(model_path)
   report(f"model: {model_path}\nworkflow: {stage.taskset.workflow}  reward: {stage.taskset.reward}")
   report(describe_task(chosen))
-  with contextlib.ExitStack() as stack:
-    experience = asyncio.run(_run(stack, stage, model_path, tokenizer, chosen))
+  with sampling(stage, model_path) as engine:
+    experience = asyncio.run(_run(engine, stage, tokenizer, chosen))
   report(describe_run(experience, tokenizer))
   return experience
 
 
-def _stage(config: Config) -> Config:
-  for stage in stage_configs(config):
-    if not find_row(stage.algorithm.name).supervised and not stage.buffer.replay:
-      return stage
-  raise UserError("--mode=debug: no stage of this config explores; it only trains on given data")
-
-
-def _model(config: Config, stage: Config, workdir: Path) -> Path:
-  stages = stage_configs(config)
-  for one in reversed(stages[: stages.index(stage) + 1]):
-    found = run.stage_directory(config, workdir, one) / "hf"
-    if (found / "config.json").is_file():
-      return found
-  workdir.mkdir(parents=True, exist_ok=True)
-  return run.first_model(stages[0], workdir)
-
-
-async def _run(stack, stage: Config, model_path: Path, tokenizer: Tokenizer, task: Task):
-  model, meshes = hf.load_config(model_path), build.make_meshes(stage)
-  launch = LaunchOrder(meshes.train)
-  engine = build.make_engine(stage, model, meshes, launch, tokenizer_dir=model_path)
-  stack.callback(engine.close)
-  engine.start()
-  dtype = jnp.dtype(stage.model.rollout_dtype or stage.model.dtype)
-  layout = sharding.param_shardings(model, meshes.train)
-  engine.set_params(0, hf.load(model_path, dtype=dtype, shardings=layout)[0])
+async def _run(engine: RolloutEngine, stage: Config, tokenizer: Tokenizer, task: Task):
   groups = Groups(stage, engine, tokenizer, lambda _: contextlib.nullcontext())
   reward = make_reward(
     stage.taskset.reward, stage.taskset.reward_args, workers=stage.explorer.reward_workers
   )
   s = stage.sampler
-  params = SamplingParams(s.temperature, s.max_response_length, s.top_p, s.top_k)
   runner = groups.runner(
     stage.taskset.workflow,
     lambda response, task: reward.grade(response, task.truth, task),
-    params,
+    SamplingParams(s.temperature, s.max_response_length, s.top_p, s.top_k),
     TRAIN_STREAM,
   )
   ids = group_ids(1, [0], 1)
   groups.announce(TRAIN_STREAM, ids)
-  return (await groups.run(runner, task, ids[0]))[0]
+  with contextlib.closing(groups):
+    return (await groups.run(runner, task, ids[0]))[0]
 
 
 def describe_task(task: Task) -> str:

@@ -113,6 +113,7 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
     on_eval=on_eval,
     evaluated=_Shared(directory / "evaluated", config, done),
   )
+  stack.callback(explorer.close)
   engine.start()
   progress.message(f"explorer {config.explorer.name}: ready")
 

@@ -100,6 +100,7 @@ class Session:
       c, self.sampler, self.tokenizer, lambda _: contextlib.nullcontext(),
       greedy_first=algorithm.needs_greedy,
     )  # fmt: skip
+    self._exits.callback(self._groups.close)
     reward = make_reward(
       c.taskset.reward, c.taskset.reward_args, workers=c.explorer.reward_workers
     )

@@ -103,6 +103,8 @@ class Source:
         with contextlib.suppress(RuntimeError):  # the loop has closed by itself meanwhile
           self._loop.call_soon_threadsafe(self._main.cancel)
       self._thread.join(30)
+    if self.explorer is not None:
+      self.explorer.close()
 
 
 class Rollouts(Source):

@@ -101,6 +101,10 @@ class Explorer:
     self.regenerated = {"same": 0, "different": 0}  # groups that were stored before a restart
     self.loop_lag = LoopLag()
 
+  def close(self) -> None:
+    """Ends what runs may have started; nothing is explored any more."""
+    self._groups.close()
+
   # --- rollouts ----------------------------------------------------------------------------------
 
   async def explore(self, total: int) -> None:

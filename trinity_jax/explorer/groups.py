@@ -13,6 +13,7 @@ from trinity_jax.explorer.runner import Grade, Runner
 from trinity_jax.explorer.workflow import Model, SamplingParams, find_workflow
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
+from trinity_jax.serving import OnDemand
 
 TRAIN_STREAM = 0  # evaluation of the i-th held-out set draws from stream i + 1
 
@@ -38,6 +39,7 @@ class Groups:
     self._engine, self._tokenizer, self._span = engine, tokenizer, span
     self._greedy_first = greedy_first
     self._open: set[ExperienceId] = set()
+    self._server = OnDemand(config, engine, tokenizer)
     self._failures: dict[tuple[str, int], int] = {}  # task -> groups in a row that failed whole
     self._completed: tuple[int, float] = (0, 0.0)  # runs, and their seconds outside the sampler
 
@@ -47,7 +49,7 @@ class Groups:
 
     def new_model(id: ExperienceId) -> Model:
       greedy = self._greedy_first and stream == TRAIN_STREAM and id.run == 0
-      return Model(
+      model = Model(
         self._engine.member((stream, *id)),
         self._tokenizer,
         id,
@@ -57,6 +59,8 @@ class Groups:
         stream,
         priority=-1 if stream != TRAIN_STREAM and c.eval.first else 0,
       )
+      model.server = self._server
+      return model
 
     return Runner(
       find_workflow(workflow),
@@ -123,6 +127,10 @@ class Groups:
       "groups in a row (explorer.quarantine)"
     )
     return Experience.failed(id, StopReason.QUARANTINED, {"error": error, "task": task.index})
+
+  def close(self) -> None:
+    """Ends the server that runs may have asked for."""
+    self._server.close()
 
   def describe(self) -> str:
     """Which runs are open, for the message of a wait that expired."""

@@ -73,10 +73,10 @@ class Runner:
         self._leave(id)
 
     started, clock = time.monotonic(), asyncio.get_running_loop().time
-    outside = self._timeout
+    outside, models = self._timeout, list[Model]()
     try:
       async with asyncio.timeout(self._timeout) as deadline:
-        experience = await self._graded(task, id, leave, deadline)
+        experience = await self._graded(task, id, models, leave, deadline)
         outside -= (deadline.when() or clock()) - clock()
     except PromptTooLong as e:
       experience = Experience.failed(id, StopReason.PROMPT_TOO_LONG, {"error": str(e)})
@@ -89,14 +89,21 @@ class Runner:
       )
       experience = Experience.failed(id, StopReason.TIMEOUT, {"error": reason})
     finally:
-      leave()
+      try:
+        for model in models:  # an agent that holds on to one gets no further
+          await model.aclose()
+      finally:
+        leave()
     experience.metrics["run_seconds"] = time.monotonic() - started
     experience.metrics["environment_seconds"] = outside
     return experience
 
-  async def _graded(self, task: Task, id: ExperienceId, leave, deadline) -> Experience:
+  async def _graded(self, task: Task, id: ExperienceId, models, leave, deadline) -> Experience:
     async def ask() -> tuple[Model, Score | None]:
+      for earlier in models:
+        await earlier.aclose()
       model = self._new_model(id)
+      models.append(model)
       model.in_sampler = lambda: _paused(deadline)
       score = read_reward(await self._workflow(task, model))
       if not model.turns:
