@@ -51,11 +51,12 @@ def seed_of(fate: str, turns=4) -> int:
 
 
 def workers() -> int:
-  """Environments' processes that live."""
-  count = 0
+  """Environments' processes of ours that live."""
+  count, own = 0, str(os.getpid()).encode()
   for path in Path("/proc").glob("[0-9]*/cmdline"):
     with contextlib.suppress(OSError):
-      count += b"process_worker.py" in path.read_bytes()
+      words = path.read_bytes().split(b"\0")
+      count += words[3:4] == [own] and words[2].endswith(b"process_worker.py")
   return count
 
 

@@ -139,12 +139,13 @@ def make(isolation: str, **limits) -> Sandbox:
 
 
 def started() -> set[int]:
-  """Processes that belong to a sandbox: its workers and the snippets' interpreters."""
-  found = set()
+  """Processes of our sandboxes: workers and the snippets' interpreters."""
+  found, own = set(), str(os.getpid()).encode()
   for path in Path("/proc").glob("[0-9]*/cmdline"):
     with contextlib.suppress(OSError):
       words = path.read_bytes().split(b"\0")
-      if any(w.endswith(b"sandbox_worker.py") for w in words) or words[-2:-1] == [b"main.py"]:
+      worker = len(words) > 4 and words[3].endswith(b"sandbox_worker.py") and words[4] == own
+      if worker or b"sandbox=" + own in words:
         found.add(int(path.parent.name))
   return found
 

@@ -47,7 +47,7 @@ class _Worker:
   @staticmethod
   async def start() -> _Worker:
     process = await asyncio.create_subprocess_exec(
-      sys.executable, "-P", str(_WORKER), stdin=asyncio.subprocess.PIPE,
+      sys.executable, "-P", str(_WORKER), str(os.getpid()), stdin=asyncio.subprocess.PIPE,
       stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, limit=_LONGEST,
       env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ}, start_new_session=True,
     )  # fmt: skip

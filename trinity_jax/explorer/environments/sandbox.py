@@ -194,6 +194,7 @@ class Sandbox:
       "files": {**files, "main.py": code},
       "stdin": stdin,
       "python": self._python,
+      "owner": os.getpid(),
       "prefix": str(Path(self._python).parents[1]),
       "isolation": self.isolation,
       "limits": dataclasses.asdict(self.limits),
@@ -229,7 +230,7 @@ _OPTIONS: dict[str, Any] = dict(
 def _command() -> list[str]:
   if sys.platform != "linux":
     raise UserError(f"the sandbox needs Linux, this is {sys.platform}; leave code rewards out")
-  return [sys.executable, "-I", "-S", str(_WORKER)]
+  return [sys.executable, "-I", "-S", str(_WORKER), str(os.getpid())]
 
 
 def _kill(group: int) -> None:

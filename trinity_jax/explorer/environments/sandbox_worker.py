@@ -4,7 +4,7 @@ It reads one request (a JSON line) from stdin, runs the snippet in a child with 
 request, and writes one reply (a JSON line) to stdout. End of stdin means that nobody wants the
 reply: everything is killed. Linux only: namespaces, rlimits, pidfd.
 
-  -> {"files": {name: text}, "stdin", "python", "prefix", "isolation", "limits": {...}}
+  -> {"files": {name: text}, "stdin", "python", "prefix", "owner", "isolation", "limits": {...}}
   <- {"reason", "detail", "stdout", "stderr", "code", "cpu", "seconds"} | {"refused": why}
 """
 
@@ -168,7 +168,8 @@ def become(request: dict, box: str, out: int, err: int, others: int) -> None:
     "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1",
   }  # fmt: skip
   python = request["python"]
-  os.execve(python, [python, "-P", "-s", "main.py"], environment)
+  owner = f"sandbox={request['owner']}"  # for people who look at a list of processes
+  os.execve(python, [python, "-P", "-s", "-X", owner, "main.py"], environment)
 
 
 def start(request: dict, box: str, out: int, err: int, others: int) -> int:
