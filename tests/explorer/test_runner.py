@@ -191,6 +191,23 @@ def test_a_grader_that_fails_once_is_asked_again_about_the_same_response(world):
   assert graded[0] == graded[1] and e.reward == 1.0 and e.metrics["retries"] == 1
 
 
+def test_grading_knows_how_many_tokens_were_written(world):
+  from trinity_jax.explorer.rewards import dapo
+
+  counts = {}
+
+  async def count(response, task):
+    counts[task.index] = dapo._count(response, "")
+    return Score(0.0, {})
+
+  async def speak(task, model):
+    await model.chat(task.messages)
+
+  with world.sampler() as sampler:
+    out = world.run(sampler, speak, [world.task(i, text="x" * i) for i in range(3)], grade=count)
+  assert counts == {i: e.metrics["response_length"] for i, e in enumerate(out)}
+
+
 def test_reward_components_and_metrics(world):
   tasks = [world.task(0, truth="components"), world.task(1, truth="number"), world.task(2)]
   with world.sampler() as sampler:

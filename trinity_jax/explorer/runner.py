@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
-from trinity_jax.explorer.rewards import Score
+from trinity_jax.explorer.rewards import Score, response_tokens
 from trinity_jax.explorer.workflow import Model, PromptTooLong, Reward, Workflow
 
 Grade = Callable[[str, Task], Awaitable[Score]]
@@ -115,7 +115,8 @@ class Runner:
     seconds = 0.0
     if score is None:
       start = time.monotonic()
-      with self._span("reward"):
+      written = model.experience(Score(0.0, {}), {}).num_actions
+      with self._span("reward"), response_tokens(written):
         score, more = await self._attempt(lambda: self._grade(model.text, task))
       seconds, retries = time.monotonic() - start, retries + more
     experience = model.experience(score, {"task": task.index, "taskset": task.taskset})
