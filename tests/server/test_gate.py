@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import socket
@@ -34,6 +35,8 @@ def up(served):
     return Model(up[0], served.tokenizer, id, 0, params, served.max_prompt)
 
   def on_commit(name, experiences):
+    if experiences[0].reward == -1:
+      raise OSError("disk full")
     committed.append((name, experiences))
 
   with served.server(new_session=new_session, on_commit=on_commit, max_body=20_000) as up:
@@ -162,7 +165,9 @@ def test_a_header_begins_a_session_feedback_rewards_it_and_commit_hands_it_on(cl
     "no reward came" in error_of(client.post("/commit", headers=headers, json={}), 400)["message"]
   )
   assert client.post("/feedback", json={"session": "alice", "reward": 0.5}).status_code == 200
-  done = client.post("/commit", json={"session": "alice"})
+  lost = client.post("/commit", json={"session": "alice", "reward": -1})
+  assert "disk full" not in error_of(lost, 500)["message"]  # and the session is still there
+  done = client.post("/commit", json={"session": "alice", "reward": 0.5})
   assert done.json() == {"object": "commit", "turns": 2}
   ((name, (e,)),) = up[2]
   assert name == "alice" and e.reward == 0.5 and e.info == {"session": "alice"}
@@ -191,6 +196,24 @@ def test_the_agents_side_rewards_a_run_through_its_token(served, up):
       done = await client.post("/commit", json={})
       assert done.json() == {"object": "commit", "turns": 1}
       error_of(await client.post("/v1/chat/completions", json=CHAT), 410)
+    await agent.close()
+
+  served.run(sampler, talk)
+
+
+def test_a_session_that_ends_without_a_reward_says_so_to_who_waits(served, up):
+  sampler, server, _ = up
+
+  async def talk():
+    model = served.model(sampler, server)
+    with pytest.raises(UserError, match="no session"):
+      await model.feedback()
+    agent = model.openai()
+    waiting = asyncio.create_task(model.feedback())
+    headers = {"authorization": f"Bearer {agent.api_key}"}
+    async with httpx.AsyncClient(base_url=server.url, headers=headers) as client:
+      assert (await client.post("/commit", json={})).json()["turns"] == 0
+    assert await waiting is None
     await agent.close()
 
   served.run(sampler, talk)

@@ -45,7 +45,7 @@ class SyncModel:
     """See Model.logprobs."""
     return self._wait(self._model.logprobs(tokens))
 
-  def feedback(self) -> float:
+  def feedback(self) -> float | None:
     """See Model.feedback."""
     return self._wait(self._model.feedback())
 

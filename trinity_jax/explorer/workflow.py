@@ -224,8 +224,10 @@ class Model:
     make = openai.OpenAI if sync else openai.AsyncOpenAI
     return make(base_url=self._session.base_url, api_key=self._session.token, **kwargs)
 
-  async def feedback(self) -> float:
+  async def feedback(self) -> float | None:
     """Waits for the reward that the agent's side gives through POST /feedback.
+
+    None: it ended the session (POST /commit) without one.
 
     Raises:
       UserError: the run has no session; ask for `openai` first.
@@ -346,9 +348,7 @@ class Model:
   def experience(self, score: Score, info: dict[str, Any]) -> Experience:
     """The log of the last reply as one experience; see `experiences`."""
     assert self._last is not None, "a run without a turn has no experience"
-    return self._last.experience(
-      self.id, score, self.params.temperature or 1.0, self._info(info)
-    )
+    return self._experience(self._last, self.id, score, info)
 
   def experiences(self, score: Score, info: dict[str, Any]) -> list[Experience]:
     """Every log as an experience, in the order in which they began; ids differ in `step`.
@@ -356,21 +356,14 @@ class Model:
     All of them get the run's reward, and their turns' own beside it.
     """
     logs = sorted((d for d in self.dialogues if d.recorded), key=lambda d: d.number)
-    return [
-      d.experience(
-        self.id._replace(step=self.id.step + i),
-        score,
-        self.params.temperature or 1.0,
-        self._info(info),
-      )
-      for i, d in enumerate(logs)
-    ]
+    ids = (self.id._replace(step=self.id.step + i) for i in range(len(logs)))
+    return [self._experience(d, id, score, info) for d, id in zip(logs, ids)]
 
-  def _info(self, info: dict[str, Any]) -> dict[str, Any]:
+  def _experience(self, log: Dialogue, id: ExperienceId, score: Score, info: dict) -> Experience:
     more: dict[str, Any] = {"forks": self.forks} if self.forks else {}
     if self.tool_errors:
       more["tool_errors"] = self.tool_errors[-_MOST_ERRORS:]
-    return {**info, **more}
+    return log.experience(id, score, self.params.temperature or 1.0, {**info, **more})
 
 
 def _current() -> asyncio.Task:

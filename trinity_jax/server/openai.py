@@ -198,18 +198,23 @@ class Api:
     model = session.model
     if session.name is None:  # its run hands its experiences on itself
       turns = model.turns
-      session.committed.set_running_or_notify_cancel()
       session.close()
       return json_response({"object": "commit", "turns": turns})
     if session.reward is None:
       raise ApiError(400, "no reward came for this session yet; give one here or to /feedback")
+    if session.committing:
+      raise ApiError(409, "this session is being committed already")
     score = Score(session.reward, {"reward": session.reward})
     experiences = model.experiences(score, {"session": session.name})
     turns = sum(int(e.metrics["num_turns"]) for e in experiences)
+    session.committing = True  # it stays open when that fails
+    try:
+      if self._on_commit is not None:
+        await in_thread(self._on_commit, session.name, experiences)
+    finally:
+      session.committing = False
     self._sessions.end(session)
     model.close()
-    if self._on_commit is not None:
-      await in_thread(self._on_commit, session.name, experiences)
     return json_response({"object": "commit", "turns": turns})
 
   def _needed(self, session: Session | None) -> Session:

@@ -12,7 +12,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
 from trinity_jax.explorer.workflow import Model
@@ -31,17 +31,18 @@ class Session:
   Attributes:
     token: the bearer token that names it.
     base_url: for clients of OpenAI's API.
-    feedback: the reward that came through /feedback.
-    committed: set by /commit.
+    feedback: the first reward that came through /feedback; None once the session has ended.
+    reward: the latest.
+    committing: its experiences are being handed on.
   """
 
   def __init__(
     self, model: Model, loop: asyncio.AbstractEventLoop, base_url: str, name: str | None = None
   ):
     self.token, self.base_url, self.name = secrets.token_urlsafe(24), base_url, name
-    self.feedback: Future[float] = Future()
-    self.committed: Future[None] = Future()
+    self.feedback: Future[float | None] = Future()
     self.reward: float | None = None
+    self.committing = False
     # A run's own handle keeps its session alive, not the other way round.
     self._model: Callable[[], Model | None] = (lambda: model) if name else weakref.ref(model)
     self._loop, self._ended = loop, False
@@ -74,14 +75,16 @@ class Session:
     if self._ended:
       raise ended()
     self.reward = reward
-    with contextlib.suppress(Exception):  # given before, or nobody waits any more
-      self.feedback.set_result(reward)
+    self._tell(reward)
 
   def close(self) -> None:
+    """Ends it: calls are refused from now on, and who waits for a reward gets None."""
     self._ended = True
-    self.feedback.cancel()
-    if not self.committed.done():
-      self.committed.set_result(None)
+    self._tell(None)
+
+  def _tell(self, reward: float | None) -> None:
+    with contextlib.suppress(InvalidStateError):  # told before, or nobody waits any more
+      self.feedback.set_result(reward)
 
 
 class Sessions:
