@@ -209,7 +209,7 @@ def _rows(config: Config, workdir: Path, stage: Config) -> list[dict[str, Any]]:
 
 
 def accuracies(config: Config, workdir: Path) -> dict[str, float | None]:
-  """Held-out accuracy of the last version of the last stage, and of the last supervised one."""
+  """Held-out accuracy of the last version of the last stage, and of the last one of SFT."""
   from trinity_jax.algorithms.algorithm import find_row
   from trinity_jax.monitor.summary import last
 
@@ -219,7 +219,7 @@ def accuracies(config: Config, workdir: Path) -> dict[str, float | None]:
       r for r in _rows(config, workdir, stage) if r["step"] == stage.trainer.total_steps
     ]
     final = last(done, "eval/accuracy")
-    if find_row(stage.algorithm.name).supervised:
+    if find_row(stage.algorithm.name).data == "demonstrations":
       after_sft = final
   return {"accuracy_after_sft": after_sft, "accuracy_final": final}
 
