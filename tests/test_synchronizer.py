@@ -74,6 +74,18 @@ def test_a_publish_that_changes_a_weight_stops_and_names_it():
   assert sync.version == -1, "nobody may take it"
 
 
+def test_a_pinned_version_stays_until_it_is_not():
+  sync, mesh = make(keep=1)
+  pinned = {1, 2}
+  sync._pinned = pinned.__contains__
+  for version in (0, 1, 2, 3):
+    sync.publish(version, params(mesh, version))
+  assert [sync.params(v) is not None for v in (0, 1, 2, 3)] == [False, True, True, True]
+  pinned.discard(1)
+  sync.publish(4, params(mesh, 4))
+  assert [sync.params(v) is not None for v in (1, 2, 3, 4)] == [False, True, False, True]
+
+
 def test_versions_only_go_up_and_the_newest_are_kept():
   sync, mesh = make(keep=2)
   assert sync.version == -1

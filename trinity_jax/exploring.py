@@ -126,8 +126,7 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
 
     with preemption.telling(stop):
       await explorer.explore(total)
-      if explorer.evaluation:
-        await explorer.evaluate_versions([total])
+      await explorer.evaluate_last(total)
 
   try:
     asyncio.run(go())

@@ -119,8 +119,7 @@ class Rollouts(Source):
 
     async def go():
       await explorer.explore(total)
-      if explorer.evaluation:
-        await explorer.evaluate_versions([total])
+      await explorer.evaluate_last(total)
 
     return go()
 

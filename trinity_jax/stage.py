@@ -109,6 +109,7 @@ class Stage:
       keep=build.kept_versions(self.schedule),
       timeout=config.sync.timeout,
       bell=self.bell,
+      pinned=self._awaits_evaluation,
     )
     if self.buffer is not None and config.mode == "train":
       self.publisher = SnapshotPublisher(
@@ -350,6 +351,14 @@ class Stage:
     path = self.directory / "hf"
     hf.save(path, self.trainer.state.params, self.model, tokenizer_dir=self.model_path)
     return path
+
+  def _awaits_evaluation(self, version: int) -> bool:
+    """Whether the explorer of this process still has to evaluate a version (see Explorer)."""
+    c = self.config
+    if c.mode != "both" or self.offline or not c.explorer.deterministic or not c.eval.tasksets:
+      return False
+    due = bool(c.eval.interval) and version % c.eval.interval == 0
+    return due and (version > 0 or c.eval.on_start) and version not in self._evaluated
 
   def on_eval(self, version: int, metrics: dict[str, float], shown: list[Experience]) -> None:
     """Books an evaluation (called from the explorer's thread)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -21,6 +22,9 @@ class Synchronizer:
 
   A published pytree never aliases the train state, which is donated. The newest `keep` versions
   stay, so that the trainer can recompute the log-probs of older samples. `bell` is rung at each.
+
+  Args:
+    pinned: whether a version stays although there are `keep` newer ones.
   """
 
   def __init__(
@@ -32,7 +36,9 @@ class Synchronizer:
     keep: int,
     timeout: float,
     bell: ThreadBell | None = None,
+    pinned: Callable[[int], bool] = lambda version: False,
   ):
+    self._pinned = pinned
     self._cast = jax.jit(
       lambda params: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params),
       out_shardings=shardings,
@@ -74,7 +80,8 @@ class Synchronizer:
         raise ValueError(f"version {version} published after version {newest}")
       self._versions[version] = published
       for old in sorted(self._versions)[: -self._keep]:
-        del self._versions[old]
+        if not self._pinned(old):
+          del self._versions[old]
       ready = [w for w in self._waiters if w[0] <= version]
       self._waiters = [w for w in self._waiters if w[0] > version]
     for _, future in ready:

@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from rig import WAIT, Rig, config_of, held_out, versions, workflow
+from rig import WAIT, Rig, config_of, held_out, speaks, versions, workflow
 
 from trinity_jax.errors import RunFailed, root_cause
 from trinity_jax.experience import Experience, ExperienceId, StopReason
@@ -53,6 +53,28 @@ def test_steps_of_one_version_run_side_by_side(world, workflow):
   with world.sampler(version=None) as sampler:
     Rig(world, sampler, config_of(world, tasks=1, interval=3)).go(1, 6)
   assert most[0] == 3
+
+
+def test_evaluations_that_stored_groups_would_skip(world, workflow):
+  """After a kill the trainer goes from version to version on what was stored before."""
+  workflow(speaks)
+  with world.sampler(version=None) as sampler:
+    before = Rig(world, sampler, config_of(world))
+    stored = before.go(1, 4)
+  groups = [[e for e in s if e.id.task == t] for s in stored for t in range(3)]
+  with world.sampler(version=None) as sampler:
+    held = held_out(world)
+    config = config_of(world, every=2, **{"buffer.capacity": 100})
+    rig = Rig(world, sampler, config, held_out=[held], keep=9)
+    for group in groups:
+      asyncio.run(rig.buffer.put(group))
+    rig.publish(0)
+    with rig.exploring(rig.explorer.explore(6)):
+      rig.train(1, 6)  # steps 1 to 4 wait for nobody
+      rig.buffer.finish()
+    assert not rig.errors
+    asyncio.run(rig.explorer.evaluate_last(6))
+  assert [version for version, *_ in rig.evals] == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

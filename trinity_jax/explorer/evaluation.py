@@ -58,9 +58,21 @@ class Evaluation:
       return version % every == 0 and (version > 0 or self.config.eval.on_start)
     return self._period > before
 
+  def missing(self, after: int, before: int) -> list[int]:
+    """The multiples of eval.interval between two versions that nobody has evaluated."""
+    every = self.config.eval.interval
+    if not every or not self:
+      return []
+    first = 0 if self.config.eval.on_start else 1
+    return [v for v in range(max(after + 1, first), before) if v % every == 0 and not self.has(v)]
+
+  def has(self, version: int) -> bool:
+    """Whether a version was evaluated, or is being evaluated."""
+    return version in self._done or version in self._done_here
+
   async def once(self, version: int) -> None:
     """Evaluates a version unless that was done before."""
-    if self and version not in self._done and version not in self._done_here:
+    if self and not self.has(version):
       self._done_here.add(version)
       await self._evaluate(version)
 

@@ -224,6 +224,8 @@ class Explorer:
       if self._version >= least and not self._evaluating.done():
         return
       await self._finish_evaluation()
+    if self.config.explorer.deterministic:
+      await self._evaluate_passed(version)
     found, params = await self._versions.wait_for(version)
     self._asked = version
     if found <= self._version:
@@ -235,6 +237,22 @@ class Explorer:
         await self._finish_evaluation()
       else:
         self._evaluating.add_done_callback(self._ended)
+
+  async def _evaluate_passed(self, version: int) -> None:
+    """Evaluates what the trainer passes by after a kill: the groups that were stored before take it
+    from version to version, while the first step to explore needs a later one."""
+    for due in self.evaluation.missing(self._version, version):
+      found, params = await self._versions.wait_for(due)
+      if found == due:
+        self._use(found, params)
+        await self.evaluation.once(due)
+
+  async def evaluate_last(self, version: int) -> None:
+    """Evaluates the last version, and what was passed by before it."""
+    if self.config.explorer.deterministic:
+      await self._evaluate_passed(version)
+    if self.evaluation:
+      await self.evaluate_versions([version])
 
   async def _finish_evaluation(self) -> None:
     if self._evaluating is not None:
