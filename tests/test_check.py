@@ -70,9 +70,10 @@ def values_of(text: str) -> list[dict[str, str]]:
 
 def test_every_recipe_is_checked(gsm8k, qwen):
   names = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-  assert names == ["algorithms", "gsm8k_grpo", "gsm8k_smoke", "off_policy", "quickstart", "replay"]
+  assert names == ["algorithms", "asynchrony", "dpo", "frozen_lake", "gsm8k_grpo", "gsm8k_smoke",
+                   "mixed", "off_policy", "quickstart", "replay", "sft"]  # fmt: skip
   flags = {"gsm8k_grpo": [*gsm8k, qwen], "gsm8k_smoke": gsm8k, "algorithms": [qwen],
-           "off_policy": [qwen], "replay": [qwen]}  # fmt: skip
+           "asynchrony": [qwen], "off_policy": [qwen], "replay": [qwen]}  # fmt: skip
   for name in names:
     extra = flags.get(name, [])
     config = config_of(name, *extra)

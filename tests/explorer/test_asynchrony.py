@@ -53,8 +53,8 @@ def test_fully_async_swaps_weights_in_the_middle_of_a_run(world, workflow):
   async def two_turns(task, model):
     first = [65, 66 + task.index, 67]
     spoken = await model.generate(first)
-    spoke.release()
     if model.id.batch == 1:
+      spoke.release()
       await asyncio.to_thread(published.wait, WAIT)
     await model.generate([*first, *spoken, 68])
     return 1.0
