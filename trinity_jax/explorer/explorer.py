@@ -239,8 +239,8 @@ class Explorer:
         self._evaluating.add_done_callback(self._ended)
 
   async def _evaluate_passed(self, version: int) -> None:
-    """Evaluates what the trainer passes by after a kill: the groups that were stored before take it
-    from version to version, while the first step to explore needs a later one."""
+    """Evaluates what the trainer passes by after a kill, on groups that were stored before, while
+    the first step to explore needs a later version."""
     for due in self.evaluation.missing(self._version, version):
       found, params = await self._versions.wait_for(due)
       if found == due:
