@@ -1,6 +1,6 @@
 """Agents: many episodes at once, each waiting for its environment most of the time.
 
-Episodes of TURNS turns wait log-normally long for their environment and then ask the model; run by
+Episodes of a few turns wait log-normally long for their environment and then ask the model; run by
 the explorer's own Groups and Runner, once beside a sampler that answers at once and once beside a
 real one with a tiny model. Against them the same episodes in batches with a barrier.
 """
@@ -12,51 +12,20 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from benchmark import Row
+from perf_rft import Instant, episode
 
 EPISODES = flags.DEFINE_integer("episodes", 5000, "Episodes of `agents`.", lower_bound=1)
 CONCURRENT = flags.DEFINE_integer("concurrent", 500, "Of them at once.", lower_bound=1)
 LATENCY = flags.DEFINE_float("latency", 1.0, "Mean seconds of an episode's waits.", lower_bound=0)
 
-TURNS = 4
 SIGMA = 1.0  # of the log-normal
-TOKENS = 4  # of a response
-
-
-async def episode(task: Any, model: Any) -> float:
-  """Turns of waiting for the environment, then acting."""
-  log: list[int] = [2]
-  for _ in range(TURNS):
-    await asyncio.sleep(task.raw["seconds"] / TURNS)
-    log = [*log, *(await model.generate(log)).tolist(), 2]
-  return 1.0
-
-
-class Instant:
-  """A rollout engine that answers at once."""
-
-  def member(self, order: Sequence[int]) -> Instant:
-    return self
-
-  def enter(self) -> None: ...
-
-  def leave(self) -> None: ...
-
-  def describe(self) -> str:
-    return "sampling is instant"
-
-  async def generate(self, request: Any) -> Any:
-    from trinity_jax.experience import StopReason
-    from trinity_jax.sampler.request import Completion
-
-    found = np.ones(TOKENS, np.int32)
-    return Completion(found, -found.astype(np.float32), found * 0, found < 0, StopReason.LENGTH)
+TOKENS = 4  # of a real response; a simulated one has 1
 
 
 def config() -> Any:
@@ -65,7 +34,7 @@ def config() -> Any:
   c = base_config()
   c.model.tiny = dict(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, intermediate=384)
   c.taskset.path = "unused"
-  c.taskset.workflow = f"{__name__}:episode"
+  c.taskset.workflow = f"{episode.__module__}:{episode.__name__}"
   c.explorer.deterministic = False
   c.sampler.max_prompt_length, c.sampler.max_response_length = 28, TOKENS
   c.sampler.slots = 256

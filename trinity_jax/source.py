@@ -19,6 +19,7 @@ from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Experience
 from trinity_jax.experience import Source as ExperienceSource
+from trinity_jax.explorer.evaluation import is_due
 from trinity_jax.explorer.explorer import Explorer
 from trinity_jax.explorer.metrics import rollout_metrics
 from trinity_jax.explorer.rewards import grading_counts
@@ -188,8 +189,8 @@ class Offline(Source):
 
   def explore(self) -> Coroutine[Any, Any, None]:
     c, start = self.stage.config, self.stage.start
-    total, every = c.trainer.total_steps, c.eval.interval
-    due = [v for v in range(start, total) if every and v % every == 0 and (v or c.eval.on_start)]
+    total = c.trainer.total_steps
+    due = [v for v in range(start, total) if is_due(c.eval, v)]
     assert self.explorer is not None
     return self.explorer.evaluate_versions([*due, total])
 

@@ -25,6 +25,7 @@ from trinity_jax.config import Config
 from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import Experience, ExperienceId, Task
+from trinity_jax.explorer.evaluation import is_due
 from trinity_jax.exploring import announce
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
@@ -357,8 +358,7 @@ class Stage:
     c = self.config
     if c.mode != "both" or self.offline or not c.explorer.deterministic or not c.eval.tasksets:
       return False
-    due = bool(c.eval.interval) and version % c.eval.interval == 0
-    return due and (version > 0 or c.eval.on_start) and version not in self._evaluated
+    return is_due(c.eval, version) and version not in self._evaluated
 
   def on_eval(self, version: int, metrics: dict[str, float], shown: list[Experience]) -> None:
     """Books an evaluation (called from the explorer's thread)."""

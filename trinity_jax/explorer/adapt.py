@@ -87,7 +87,7 @@ class ClassWorkflow:
       if self._keep:
         await _call(instance.reset, task)
       reward = await _run(instance.run, task, model)
-    except BaseException:
+    except BaseException:  # cancelled too: an instance in an unknown state serves nobody again
       await self._end(instance)
       raise
     if self._keep:

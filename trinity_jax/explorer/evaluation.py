@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
-from trinity_jax.config import Config, TasksetConfig
+from trinity_jax.config import Config, EvalConfig, TasksetConfig
 from trinity_jax.experience import Experience, Task
 from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
 from trinity_jax.explorer.metrics import eval_metrics
@@ -14,6 +14,12 @@ from trinity_jax.explorer.runner import Grade
 from trinity_jax.explorer.workflow import SamplingParams
 
 HeldOut = tuple[TasksetConfig, Sequence[Task], Grade]
+
+
+def is_due(config: EvalConfig, version: int) -> bool:
+  """Whether a version is a multiple of eval.interval; 0 counts with eval.on_start only."""
+  due = bool(config.interval) and version % config.interval == 0
+  return due and (version > 0 or config.on_start)
 
 
 class Evaluation:
@@ -55,16 +61,13 @@ class Evaluation:
       return False
     before, self._period = self._period, version // every
     if before is None:  # a start or a resume
-      return version % every == 0 and (version > 0 or self.config.eval.on_start)
+      return is_due(self.config.eval, version)
     return self._period > before
 
   def missing(self, after: int, before: int) -> list[int]:
     """The multiples of eval.interval between two versions that nobody has evaluated."""
-    every = self.config.eval.interval
-    if not every or not self:
-      return []
-    first = 0 if self.config.eval.on_start else 1
-    return [v for v in range(max(after + 1, first), before) if v % every == 0 and not self.has(v)]
+    versions = range(max(after + 1, 0), before) if self else ()
+    return [v for v in versions if is_due(self.config.eval, v) and not self.has(v)]
 
   def has(self, version: int) -> bool:
     """Whether a version was evaluated, or is being evaluated."""

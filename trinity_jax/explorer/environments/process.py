@@ -130,7 +130,7 @@ class Processes:
         self._end(worker)
       self.started += 1
       return await _Worker.start()
-    except BaseException:
+    except BaseException:  # cancelled too: nobody else would give the place back
       places.release()
       raise
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _FENCE = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _TOLERANCE = 1e-6
 
+# The programs below are texts that run inside the sandbox only: its exec of the answer is what the
+# sandbox is for, and whatever the answer raises is a case that failed.
+
 # Runs answer.py, then calls its function for each case; results go where its prints do not.
 _CALLER = """
 import json, os, sys
