@@ -110,6 +110,7 @@ async function loadAll() {
   await loadRun();
   if (!state.stage) return;
   await Promise.all([loadCurves(), loadRows()]);
+  document.body.dataset.ready = "1"; // all of the first sight is there: for who drives the page
 }
 
 // --- curves -------------------------------------------------------------------------------------
@@ -202,7 +203,6 @@ async function loadRows() {
     $("place").textContent = found.total ? `${found.offset + 1}–${end} of ${found.total}` : "";
     $("previous").disabled = found.offset === 0;
     $("next").disabled = end >= found.total;
-    document.body.dataset.ready = "1";
   });
 }
 
