@@ -115,7 +115,16 @@ def check_counts(store):
   assert experiences == (sizes or 0)
 
 
-def life_and_death(place, rounds, seed, last=None):
+def held(store):
+  """Keys of all groups that were ever stored."""
+  from trinity_jax.buffer.schema import GROUPS
+
+  return set(store.database.read(
+    lambda connection: [(r.batch, r.task) for r in connection.execute(GROUPS.select())]
+  ))  # fmt: skip
+
+
+def life_and_death(place, rounds, seed):
   """Explorers and a trainer, each killed at a random moment and started again."""
   rng = random.Random(seed)
   acknowledged, uses, committed = set(), {}, 0
@@ -136,11 +145,11 @@ def life_and_death(place, rounds, seed, last=None):
         assert line[0] in ("stored", "same")  # a dead explorer's last commit may come late
         acknowledged.add((int(line[1]), int(line[2])))
   store = place.open()
-  check_counts(store)
-  stored = {(b, t) for b in range(1, 2000) for t in store.held(b)}
-  assert acknowledged <= stored and acknowledged
   buffer = ReplayBuffer(store, capacity=10**6, order="ready", tasks_per_step=2)
-  buffer.restore(committed)
+  buffer.restore(committed)  # waits for what a server still does for the dead
+  check_counts(store)
+  stored = held(store)
+  assert acknowledged <= stored and acknowledged
   uses = {step: found for step, found in uses.items() if step <= committed}
   rest = buffer.stats()["ready"]
   found = keys(buffer.sample(rest, committed + 1, WAIT)) if rest else []
@@ -158,6 +167,36 @@ def test_killed_processes(sqlite):
 @pytest.mark.parametrize("seed", range(1, 3))
 def test_killed_processes_again_and_again(shared, seed):
   life_and_death(shared, 8, seed)
+
+
+def test_a_resume_waits_for_what_the_server_does_for_the_dead(server, tmp_path, monkeypatch):
+  """A trainer that is killed while its use of a group is committed: the use is forgotten."""
+  dead, alive = (open_store(server.url, tmp_path, namespace="dead") for _ in range(2))
+  rules = {"capacity": 100, "order": "ready", "tasks_per_step": 1}
+  buffer = ReplayBuffer(alive, **rules)
+  asyncio.run(buffer.put(group(1, 0)))
+  asked, may_commit, add = threading.Event(), threading.Event(), dead._add
+
+  def slow(connection, counts):
+    add(connection, counts)
+    asked.set()
+    assert may_commit.wait(WAIT)
+
+  monkeypatch.setattr(dead, "_add", slow)
+  take = threading.Thread(target=lambda: ReplayBuffer(dead, **rules).sample(1, 1, WAIT))
+  restore = threading.Thread(target=lambda: buffer.restore(0))
+  take.start()
+  assert asked.wait(WAIT)
+  restore.start()
+  restore.join(0.5)
+  waited = restore.is_alive()
+  may_commit.set()
+  for thread in (take, restore):
+    thread.join(WAIT)
+  assert waited
+  assert buffer.stats()["ready"] == 1 and keys(buffer.sample(1, 1, 0)) == [(1, 0)]
+  for store in (dead, alive):
+    store.close()
 
 
 @contextlib.contextmanager

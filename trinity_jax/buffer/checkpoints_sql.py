@@ -99,7 +99,10 @@ class SqlCheckpoints(SqlClaims):
     return len(rows) == CHUNK
 
   def restore(self, step: int, rules: Rules) -> None:
-    def later(connection: Connection) -> tuple[list[Key], int, int]:
+    def later(connection: Connection, _: int) -> tuple[list[Key], int, int]:
+      # A server may still be committing what a trainer that was killed asked for. Every use ends by
+      # changing numbers: with all of them locked, none is under way.
+      connection.execute(sa.select(NUMBERS).order_by(NUMBERS.c.name).with_for_update()).all()
       keys = sa.select(USES.c.batch, USES.c.task).where(USES.c.at > step).distinct()
       lost = connection.execute(
         sa.select(sa.func.count())
@@ -109,7 +112,7 @@ class SqlCheckpoints(SqlClaims):
       found = [(r.batch, r.task) for r in connection.execute(keys)]
       return found, lost, self._number(connection, "committed")
 
-    keys, lost, committed = self.database.read(later)
+    keys, lost, committed = self.database.write(later)
     if lost:
       raise UserError(deleted(self.place, step, committed))
     self._forget(keys, step, rules)
