@@ -25,7 +25,12 @@ LIMITS = Limits(
   cpu_seconds=1, wall_seconds=6, memory_mb=256, processes=8, open_files=32, file_mb=1, disk_mb=4,
   output_kb=16,
 )  # fmt: skip
-SHORT = {"wall_seconds": 1.0}
+SHORT = {"wall_seconds": 0.5}
+# Each of these costs seconds of CPU time, and others of the kind are tested with the fast ones.
+COSTLY = (
+  "fork bomb that ignores failures", "infinite loop that ignores signals", "a huge power",
+  "deep recursion in C",
+)  # fmt: skip
 
 # name -> (code, reasons it may end with, what its output must match, limits of its own)
 HOSTILE = {
@@ -155,7 +160,9 @@ def isolation(request):
   return request.param
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+  "name", [pytest.param(n, marks=pytest.mark.slow) if n in COSTLY else n for n in HOSTILE]
+)
 def test_hostile(name, isolation, monkeypatch):
   code, reasons, pattern, limits = HOSTILE[name]
   monkeypatch.setenv("OUR_SECRET", "hunter2")

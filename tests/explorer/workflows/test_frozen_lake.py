@@ -42,9 +42,15 @@ def launch(workdir: Path, *overrides: str) -> dict:
   return json.loads((workdir / "summary.json").read_text())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(2700)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+  "seed",
+  [
+    pytest.param(0, marks=pytest.mark.slow),
+    pytest.param(1, marks=pytest.mark.nightly),
+    pytest.param(2, marks=pytest.mark.nightly),
+  ],
+)
 def test_learns(tmp_path, seed):
   """Imitation walks into holes; reinforcement goes round them, on maps that it never saw."""
   summary = launch(tmp_path, f"--config.seed={seed}")
@@ -53,7 +59,7 @@ def test_learns(tmp_path, seed):
   assert summary["compiles_after_warmup"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(2700)
 def test_rewards_without_meaning_teach_nothing(tmp_path):
   overrides = ["--config.algorithm.shuffle_rewards=True"]

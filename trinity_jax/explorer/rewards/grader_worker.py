@@ -16,6 +16,7 @@ Requests and replies are JSON lines on the pipes that were stdin and stdout:
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import json
@@ -28,6 +29,7 @@ import time
 import traceback
 
 END_OF_INPUT = 78  # a child's exit code when the pool is gone
+_PR_SET_PDEATHSIG = 1
 
 
 def load(path: str):
@@ -42,9 +44,12 @@ def load(path: str):
   return module.grade
 
 
-def confine(memory_mb: int) -> None:
+def confine(memory_mb: int, parent: int) -> None:
   """Limits of a child for good: address space, no files, no core dumps, nothing on stderr."""
   if sys.platform == "linux":  # elsewhere the kernel does not enforce it
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # it ends with its parent
+    if os.getppid() != parent:
+      os._exit(END_OF_INPUT)
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
   resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -74,9 +79,9 @@ def attempt(grade, response: str, truth: str) -> tuple[float, str, str]:
     return 0.0, "error", type(e).__name__
 
 
-def serve(grade, source: int, sink: int, requests: int, memory_mb: int) -> int:
+def serve(grade, source: int, sink: int, requests: int, memory_mb: int, parent: int) -> int:
   """A child's life: answers up to `requests` requests, returns its exit code."""
-  confine(memory_mb)
+  confine(memory_mb, parent)
   for left in reversed(range(requests)):
     line = receive(source)
     if not line:
@@ -125,12 +130,13 @@ def main(path: str, requests: int, memory_mb: int) -> None:
   gc.collect()
   gc.freeze()  # keeps collections in children from copying every page
   send(sink, {"ready": True})
+  parent = os.getpid()
   while True:
     child = os.fork()
     if child == 0:
       code = 1
       try:
-        code = serve(grade, source, sink, requests, memory_mb)
+        code = serve(grade, source, sink, requests, memory_mb, parent)
       finally:
         os._exit(code)
     _, status = os.waitpid(child, 0)
