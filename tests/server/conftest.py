@@ -47,10 +47,10 @@ class Served:
     self.programs.warmup(self.params)
 
   @contextlib.contextmanager
-  def sampler(self, on_swap="keep"):
+  def sampler(self, on_swap="keep", steps=2):
     sampler = Sampler(
       self.programs,
-      steps_per_dispatch=2,
+      steps_per_dispatch=steps,
       refill_fraction=0.2,
       deterministic=False,
       on_swap=on_swap,
@@ -85,10 +85,10 @@ class Served:
       sampler.wake()
       time.sleep(0.01)
 
-  def model(self, sampler, server, run=0, temperature=1.0) -> Model:
+  def model(self, sampler, server, run=0, temperature=1.0, limit=RESPONSE) -> Model:
     model = Model(
       sampler, self.tokenizer, ExperienceId(1, 0, run, 0), 0,
-      SamplingParams(temperature, RESPONSE), PROMPT,
+      SamplingParams(temperature, limit), PROMPT,
     )  # fmt: skip
     model.server = server
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import jax
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ pytestmark = pytest.mark.slow
 TURNS = 10
 
 
-@pytest.mark.parametrize("on_swap", ["recompute", "drain", "keep"])
-def test_log_probs_of_ten_turns_are_those_of_a_forward_pass(served, on_swap):
-  policies = [
-    jax.tree.map(lambda p, i=i: p * (1 + 0.04 * i), served.params) for i in range(TURNS + 1)
-  ]
+def policies_of(served):
+  return [jax.tree.map(lambda p, i=i: p * (1 + 0.04 * i), served.params) for i in range(TURNS + 1)]
+
+
+def agent_while_weights_change(served, on_swap, policies):
+  """(model, experience) of an agent whose policy becomes the next one in the middle of each turn."""
   with served.server(on_swap) as (sampler, server):
     model = served.model(sampler, server)
 
@@ -35,8 +38,15 @@ def test_log_probs_of_ten_turns_are_those_of_a_forward_pass(served, on_swap):
     served.run(sampler, talk)
   (e,) = model.experiences(Score(0.0, {}), {})
   assert model.turns == TURNS and model.forks == 0
+  assert set(e.versions[e.action_mask]) >= set(range(TURNS)), "no swap took place"
+  return model, e
+
+
+@pytest.mark.parametrize("on_swap", ["recompute", "drain", "keep"])
+def test_log_probs_of_ten_turns_are_those_of_a_forward_pass(served, on_swap):
+  policies = policies_of(served)
+  _, e = agent_while_weights_change(served, on_swap, policies)
   written, mixed = e.action_mask, np.zeros(len(e.tokens), bool) if e.mixed is None else e.mixed
-  assert set(e.versions[written]) >= set(range(TURNS)), "no swap took place"
   off = np.zeros(len(e.tokens))
   for version in set(e.versions[written]):
     mine = written & (e.versions == version)
@@ -46,3 +56,54 @@ def test_log_probs_of_ten_turns_are_those_of_a_forward_pass(served, on_swap):
     assert mixed[written].any() and off[mixed].max() > 1e-3  # flagged for a reason
   else:
     assert not mixed.any()
+
+
+class Replay:
+  """Samples the replies of a recorded run again, token in and token out.
+
+  One decode step a dispatch, and each change of version comes at the token where it came then.
+  """
+
+  def __init__(self, sampler, policies, e):
+    self._sampler, self._policies, self._e = sampler, policies, e
+
+  async def generate(self, request):
+    start, loop = len(request.tokens), asyncio.get_running_loop()
+    versions, done = self._e.versions[start : start + request.limit], 0
+    assert np.array_equal(request.tokens, self._e.tokens[:start])
+
+    def swap(at):
+      if at < len(versions) and versions[at] > self._sampler.version:
+        self._sampler.set_params(int(versions[at]), self._policies[versions[at]])
+
+    def sink(chunk):  # on the sampler's thread, between two dispatches
+      nonlocal done
+      done += len(chunk.tokens)
+      swap(done)
+
+    swap(0)
+    future = self._sampler.submit(request, sink=sink)
+    return await asyncio.wrap_future(future, loop=loop)
+
+  def __getattr__(self, name):
+    return getattr(self._sampler, name)
+
+
+def test_flagged_tokens_are_those_of_a_replay_that_swaps_at_the_same_token(served):
+  policies = policies_of(served)
+  asked, e = agent_while_weights_change(served, "keep", policies)
+  ends = [turn.tokens for turn in asked.dialogues[0].turns]
+  starts = [int(np.flatnonzero(e.action_mask[a:])[0]) + a for a in [0, *ends[:-1]]]
+  with served.sampler("keep", steps=1) as sampler:
+    model = served.model(Replay(sampler, policies, e), None, limit=24)
+
+    async def tokens_only():
+      for start in starts:
+        await model.generate(e.tokens[:start].tolist())
+
+    served.run(sampler, tokens_only)
+  again = model.experience(Score(0.0, {}), {})
+  assert e.mixed is not None and again.mixed is not None and e.mixed.sum() > TURNS
+  for name in ("tokens", "action_mask", "versions", "mixed"):
+    assert np.array_equal(getattr(e, name), getattr(again, name)), name
+  np.testing.assert_allclose(again.logprobs, e.logprobs, atol=2e-5)
