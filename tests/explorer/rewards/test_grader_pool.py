@@ -86,7 +86,7 @@ def grader(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(grader):
-  with GraderPool(grader, workers=2, cpu_seconds=0.4, wall_seconds=60.0, memory_mb=512) as pool:
+  with GraderPool(grader, workers=2, cpu_seconds=0.4, wall_seconds=60.0, memory_mb=192) as pool:
     yield pool
 
 
