@@ -100,6 +100,21 @@ class ExplorerConfig:
     3, "Steps in a row in which every run failed before the program stops.", low=1
   )
   reward_workers: int = key(2, "Processes that grade answers.", low=1)
+  environment_processes: int = key(
+    64,
+    "Environments at once that live in processes of their own (own_process); episodes beyond that "
+    "wait for one, and their time runs.",
+    low=1,
+  )
+  environment_deadline: float = key(
+    300.0,
+    "Seconds that such an environment may take to be made, to reset or to step before its process "
+    "is killed.",
+    above=0,
+  )
+  environment_memory: int = key(
+    0, "MiB that such an environment may allocate (Linux); 0 any.", low=0
+  )
   name: str = key("explorer", "Name of this explorer among several.")
   over_rollout: float = key(
     0.0,

@@ -9,6 +9,7 @@ from typing import Any
 
 from trinity_jax.config import Config
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
+from trinity_jax.explorer.environments.process import Processes
 from trinity_jax.explorer.runner import Grade, Runner
 from trinity_jax.explorer.workflow import Model, SamplingParams, find_workflow
 from trinity_jax.models.tokenizer import Tokenizer
@@ -40,6 +41,11 @@ class Groups:
     self._greedy_first = greedy_first
     self._open: set[ExperienceId] = set()
     self._server = OnDemand(config, engine, tokenizer)
+    self._processes = Processes(
+      config.explorer.environment_processes,
+      deadline=config.explorer.environment_deadline,
+      memory_mb=config.explorer.environment_memory,
+    )
     self._failures: dict[tuple[str, int], int] = {}  # task -> groups in a row that failed whole
     self._completed: tuple[int, float] = (0, 0.0)  # runs, and their seconds outside the sampler
 
@@ -60,6 +66,7 @@ class Groups:
         priority=-1 if stream != TRAIN_STREAM and c.eval.first else 0,
       )
       model.server = self._server
+      model.processes = self._processes
       return model
 
     return Runner(
@@ -129,8 +136,9 @@ class Groups:
     return Experience.failed(id, StopReason.QUARANTINED, {"error": error, "task": task.index})
 
   def close(self) -> None:
-    """Ends the server that runs may have asked for."""
+    """Ends the server and the processes that runs may have asked for."""
     self._server.close()
+    self._processes.close()
 
   def describe(self) -> str:
     """Which runs are open, for the message of a wait that expired."""

@@ -57,6 +57,7 @@ class Model:
     tool_errors: why replies that look like tool calls are none.
     in_sampler: entered while the run waits for the sampler.
     server: whose `session` makes this run an endpoint for any agent; see `openai`.
+    processes: environments.process.Processes that the run's environments may live in.
     score: async (tokens i32[L]) -> log-probs f32[L], for `logprobs`.
   """
 
@@ -81,6 +82,7 @@ class Model:
     self.tool_errors: list[str] = []
     self.in_sampler: Callable[[], AbstractContextManager] = nullcontext
     self.server: Any = None
+    self.processes: Any = None
     self.score: Callable[[np.ndarray], Awaitable[np.ndarray]] | None = None
     self.dialogues: list[Dialogue] = []
     self._last: Dialogue | None = None
