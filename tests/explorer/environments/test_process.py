@@ -8,6 +8,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import select
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,10 +28,10 @@ from trinity_jax.explorer.environments.process import (
   Processes,
 )
 from trinity_jax.explorer.workflow import find_workflow
-from trinity_jax.explorer.workflows.environment import processes as shared_processes
 from trinity_jax.explorer.workflows.multi_turn import play
 
 FLAKY = "trinity_jax.explorer.environments.flaky:Flaky"
+RATES = Rates()
 ENDS = {
   "raises": EnvironmentRaised, "hangs": TimeoutError, "dies": EnvironmentDied,
   "garbage": ValueError,
@@ -50,18 +53,24 @@ def seed_of(fate: str, turns=4) -> int:
   return next(s for s in range(10_000) if Fate(s, Rates(), turns).name == fate)
 
 
-def workers() -> int:
-  """Environments' processes of ours that live."""
-  count, own = 0, str(os.getpid()).encode()
+def workers(owner=0) -> list[int]:
+  """Environments' processes of `owner` (0: of ours) that live."""
+  found, owner = [], owner or os.getpid()
   for path in Path("/proc").glob("[0-9]*/cmdline"):
     with contextlib.suppress(OSError):
       words = path.read_bytes().split(b"\0")
-      count += words[3:4] == [own] and words[2].endswith(b"process_worker.py")
-  return count
+      if words[3:4] == [b"%d" % owner] and words[2].endswith(b"process_worker.py"):
+        found.append(int(path.parent.name))
+  return sorted(found)
 
 
 def args(seed, **more):
   return {"seed": seed, "own_process": True, **more}
+
+
+def limit(fate: str) -> float:
+  """Seconds for an episode: those that hang are given up soon, others never without need."""
+  return 0.5 if fate == "hangs" else 30.0
 
 
 async def episode(made, seconds=30.0):
@@ -89,11 +98,11 @@ def test_each_fate_in_a_process():
     assert processes.started == 1
     for name, error in ENDS.items():
       with pytest.raises(error):
-        await episode(processes.environment(FLAKY, args(seed_of(name))), 5)
+        await episode(processes.environment(FLAKY, args(seed_of(name))), limit(name))
     # A process that raised or talked nonsense goes on; one that hung or died was replaced.
     assert processes.started == 3
     assert (await episode(processes.environment(FLAKY, args(seed_of(""))))).turns == 4
-    await processes.close()
+    processes.close()
 
   before = workers()
   asyncio.run(main())
@@ -111,8 +120,8 @@ def test_a_hang_has_a_deadline_and_a_name():
       while True:
         await made.step("x")
     await made.close()
-    assert not processes._here()[1]
-    await processes.close()
+    assert not processes._idle
+    processes.close()
 
   before = workers()
   asyncio.run(main())
@@ -127,7 +136,7 @@ def test_no_environment_or_no_answer_is_said():
         await episode(processes.environment(factory, {"seed": 0, "colour": 1}))
     with pytest.raises(UserError, match="expected 'module:function'"):
       processes.environment("flaky")
-    await processes.close()
+    processes.close()
 
   asyncio.run(main())
   with pytest.raises(UserError, match="at_once = 0"):
@@ -147,22 +156,22 @@ def test_our_variables_stay_ours(monkeypatch, tmp_path):
     made = processes.environment("peek:Peek")
     text = await made.reset()
     await made.close()
-    await processes.close()
+    processes.close()
     return text
 
   text = asyncio.run(main())
   assert "PATH" in text and "hunter2" not in text
 
 
-async def chaos(count, at_once, make, seconds):
-  """Runs episodes; returns how many ended how, and the seconds that all took."""
-  ends, start = collections.Counter(), time.monotonic()
+async def chaos(count, at_once, make, rates=RATES):
+  """Runs episodes; returns how many ended how."""
+  ends = collections.Counter()
   places = asyncio.Semaphore(at_once)
 
   async def one(seed):
     async with places:
       try:
-        ended = await episode(make(seed), seconds)
+        ended = await episode(make(seed), limit(Fate(seed, rates, 4).name))
         ends["ok"] += ended.total == 1.0
       except Exception as e:
         ends[type(e).__name__] += 1
@@ -170,7 +179,7 @@ async def chaos(count, at_once, make, seconds):
   async with asyncio.TaskGroup() as group:
     for seed in range(count):
       group.create_task(one(seed))
-  return ends, time.monotonic() - start
+  return ends
 
 
 def expected(count, turns=4):
@@ -183,10 +192,10 @@ def check_chaos(count, at_once):
   async def main():
     processes = Processes(at_once)
     make = lambda seed: processes.environment(FLAKY, args(seed, seconds=0.001))
-    ends, _ = await chaos(count, at_once, make, 4)
+    ends = await chaos(count, at_once, make)
     fates = collections.Counter(Fate(s, Rates(), 4).name for s in range(count))
     assert processes.started <= at_once + fates["dies"] + fates["hangs"]
-    await processes.close()
+    processes.close()
     return ends
 
   before, files = workers(), len(os.listdir("/proc/self/fd"))
@@ -210,8 +219,8 @@ def test_chaos_on_the_event_loop():
   def make(seed):
     return AsyncFlaky(seed, seconds=0.01, rates={"dies": 0.0})
 
-  ends, _ = asyncio.run(chaos(500, 500, make, 5))
   rates = Rates(dies=0.0)
+  ends = asyncio.run(chaos(500, 500, make, rates))
   fates = collections.Counter(Fate(s, rates, 4).name for s in range(500))
   assert ends["ok"] == fates[""] + fates["slow"]
   assert ends["ConnectionError"] == fates["raises"] and ends["TimeoutError"] == fates["hangs"]
@@ -226,16 +235,159 @@ def test_what_a_step_may_return():
       checked(step)
 
 
+def module(tmp_path, monkeypatch, name, text) -> str:
+  (tmp_path / f"{name}.py").write_text(text)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  return name
+
+
+QUIET = "class Quiet:\n  def reset(self): return 'x'\n  def close(self): pass\n"
+
+
+def test_a_module_that_hangs_is_named_and_harms_no_other(tmp_path, monkeypatch):
+  name = module(tmp_path, monkeypatch, "hangs", "import threading\nthreading.Event().wait()\n")
+
+  async def main():
+    processes = Processes(2)
+    good = processes.environment(FLAKY, args(seed_of("")))
+    await good.reset()
+    processes.deadline = 0.5
+    with pytest.raises(EnvironmentHung, match="hangs was not imported within 0.5 s"):
+      await processes.environment(f"{name}:Quiet").reset()
+    processes.deadline = 60.0
+    assert (await good.step("x")).observation == "turn 1"
+    await good.close()
+    processes.close()
+
+  before = workers()
+  asyncio.run(main())
+  assert workers() == before
+
+
+def test_a_module_that_starts_threads_is_refused(tmp_path, monkeypatch):
+  text = "import threading\nthreading.Thread(target=threading.Event().wait, name='mine',"
+  name = module(tmp_path, monkeypatch, "threaded", f"{text} daemon=True).start()\n{QUIET}")
+
+  async def main():
+    processes = Processes(1)
+    with pytest.raises(EnvironmentRaised, match=r"threaded starts threads .* \(mine\)"):
+      await processes.environment(f"{name}:Quiet").reset()
+    processes.close()
+
+  asyncio.run(main())
+
+
+def test_places_are_for_all_modules(tmp_path, monkeypatch):
+  """An idle process of one module makes room for another's."""
+  name = module(tmp_path, monkeypatch, "quiet", QUIET)
+
+  async def main():
+    processes = Processes(1)
+    for factory, given in ((FLAKY, args(1)), (f"{name}:Quiet", {}), (FLAKY, args(1))):
+      made = processes.environment(factory, given)
+      await made.reset()
+      await made.close()
+      assert len(workers()) - len(before) <= 4  # two templates; who was killed may still be there
+    assert processes.started == 3
+    processes.close()
+
+  before = workers()
+  asyncio.run(main())
+  assert workers() == before
+
+
+def test_memory_has_a_limit(tmp_path, monkeypatch):
+  if not Path("/proc/self/statm").exists():
+    pytest.skip("needs Linux")
+  text = "class Greedy:\n  def reset(self): return str(len(bytearray(1 << 28)))\n"
+  name = module(tmp_path, monkeypatch, "greedy", f"{text}  def close(self): pass\n")
+
+  async def main(memory_mb):
+    processes = Processes(1, memory_mb=memory_mb)
+    made = processes.environment(f"{name}:Greedy")
+    try:
+      return await made.reset()
+    finally:
+      await made.close()
+      processes.close()
+
+  assert asyncio.run(main(512)) == str(1 << 28)
+  with pytest.raises(EnvironmentRaised, match="MemoryError"):
+    asyncio.run(main(64))
+
+
+def test_what_an_environment_starts_ends_with_it(tmp_path, monkeypatch):
+  text = (
+    "import subprocess\nclass Parent:\n"
+    "  def reset(self): return str(subprocess.Popen(['sleep', '1000']).pid)\n"
+    "  def step(self, action):\n    while True: pass\n  def close(self): pass\n"
+  )
+  name = module(tmp_path, monkeypatch, "parent", text)
+
+  async def main():
+    processes = Processes(1)
+    made = processes.environment(f"{name}:Parent")
+    child = int(await made.reset())
+    with pytest.raises(TimeoutError):
+      async with asyncio.timeout(0.2):
+        await made.step("x")
+    await made.close()
+    processes.close()
+    return child
+
+  child = asyncio.run(main())
+  status = Path(f"/proc/{child}/status")
+  assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_they_end_with_whoever_is_killed():
+  code = (
+    "import asyncio, sys\n"
+    "from trinity_jax.explorer.environments.process import Processes\n"
+    "async def main():\n"
+    "  made = processes.environment(sys.argv[1], {'seed': 0, 'own_process': True})\n"
+    "  await made.reset()\n"
+    "  print('there', flush=True)\n"
+    "  sys.stdin.read()\n"
+    "processes = Processes(1)\n"
+    "asyncio.run(main())\n"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-c", code, FLAKY], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+  ) as owner:
+    assert owner.stdout and owner.stdout.readline() == b"there\n"
+    alive = [os.pidfd_open(pid) for pid in workers(owner.pid)]
+    owner.kill()
+  poll = select.poll()
+  for fd in alive:
+    poll.register(fd, select.POLLIN)
+  ended, deadline = 0, time.monotonic() + 30
+  while ended < len(alive) and time.monotonic() < deadline:
+    for fd, _ in poll.poll(1000 * (deadline - time.monotonic())):
+      poll.unregister(fd)
+      os.close(fd)
+      ended += 1
+  assert ended == len(alive) == 2  # the template and its process
+
+
 def test_as_a_workflow():
   def run(**row):
-    task = Task(2, ({"role": "user", "content": "x"},), raw=row)
-    return asyncio.run(find_workflow("environment")(task, Yes()))
+    task, model = Task(2, ({"role": "user", "content": "x"},), raw=row), Yes()
+    model.processes = processes
+    return asyncio.run(find_workflow("environment")(task, model))
+
+  processes = None
 
   calm = {"seed": 1, "rates": dataclasses.asdict(flaky.CALM)}
   async_flaky = FLAKY.replace("Flaky", "AsyncFlaky")
   assert run(environment=async_flaky, environment_args=calm) == {"return": 1.0}
   assert run(environment=FLAKY, environment_args=calm) == {"return": 1.0}  # in a thread
-  assert run(environment=FLAKY, environment_args=calm, own_process=True) == {"return": 1.0}
-  assert shared_processes().started == 1
+  own = dict(environment=FLAKY, environment_args=calm, own_process=True)
+  with pytest.raises(UserError, match="train row 2: own_process: no processes are kept here"):
+    run(**own)
+  processes = Processes(1)
+  assert run(**own) == run(**own) == {"return": 1.0}  # one process, two event loops
+  assert processes.started == 1
+  processes.close()
   with pytest.raises(UserError, match="train row 2: environment = 'x'"):
     run(environment="x")

@@ -6,14 +6,15 @@ What happens to an episode, and in which of its steps, is a function of its seed
 from __future__ import annotations
 
 import asyncio
+import bisect
 import dataclasses
+import itertools
 import os
+import random
 import signal
 import threading
 import time
 from typing import Any
-
-import numpy as np
 
 from trinity_jax.errors import UserError
 from trinity_jax.explorer.environments.environment import Step
@@ -45,11 +46,10 @@ class Fate:
   """What becomes of one episode: `name` ("" for nothing) in its step `turn`."""
 
   def __init__(self, seed: int, rates: Rates, turns: int):
-    rng = np.random.default_rng([seed, 7])
-    edges, draw = np.cumsum(dataclasses.astuple(rates)), rng.random()
-    which = int(np.searchsorted(edges, draw, side="right"))
-    self.name = FATES[which] if which < len(FATES) else ""
-    self.turn = int(rng.integers(turns))
+    rng = random.Random(seed)
+    edges = [*itertools.accumulate(dataclasses.astuple(rates))]
+    self.name = (*FATES, "")[bisect.bisect(edges, rng.random())]
+    self.turn = rng.randrange(turns)
 
 
 class Flaky:

@@ -1,7 +1,9 @@
 """Environments in processes of their own: one that hangs is killed, one that dies is replaced.
 
 Not a sandbox: an environment is the user's code and may do what we may. It gets none of our
-environment variables but those that programs need to start.
+environment variables but those that programs need to start. Its module is imported once, by a
+process that the others are forked from (see process_worker), so it must not start threads when it
+is imported.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
+import socket
+import subprocess
 import sys
 import weakref
 from collections.abc import Mapping
@@ -19,10 +22,12 @@ from typing import Any
 
 from trinity_jax.errors import UserError
 from trinity_jax.explorer.environments.environment import Step
+from trinity_jax.explorer.threads import in_thread
 
 _WORKER = Path(__file__).with_name("process_worker.py")
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME", "TMPDIR", "LANG")
 _LONGEST = 1 << 24  # bytes of a reply
+_CLOSING = 10.0  # seconds in which a template ends the processes that it has forked
 
 
 class EnvironmentDied(RuntimeError):
@@ -37,81 +42,152 @@ class EnvironmentRaised(RuntimeError):
   """The environment raised; holds its own traceback."""
 
 
-class _Worker:
-  """One process; used by one episode at a time."""
+class _Template:
+  """A process with a module imported, and forks of it."""
 
-  def __init__(self, process: asyncio.subprocess.Process):
-    self._process = process
-    self.busy = False  # a request is not answered: whoever gave up cannot hand the process on
-
-  @staticmethod
-  async def start() -> _Worker:
-    process = await asyncio.create_subprocess_exec(
-      sys.executable, "-P", str(_WORKER), str(os.getpid()), stdin=asyncio.subprocess.PIPE,
-      stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, limit=_LONGEST,
-      env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ}, start_new_session=True,
-    )  # fmt: skip
-    return _Worker(process)
+  def __init__(self, module: str):
+    self._control, theirs = socket.socketpair()
+    self._forks = 0
+    with theirs:
+      self._process = subprocess.Popen(
+        [sys.executable, "-P", str(_WORKER), str(os.getpid()), json.dumps(sys.path), module],
+        stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={k: os.environ[k] for k in _ENVIRONMENT if k in os.environ}, start_new_session=True,
+      )  # fmt: skip
+    self._control.setblocking(False)
 
   @property
   def alive(self) -> bool:
-    return self._process.returncode is None
+    return self._process.poll() is None
+
+  def fork(self, module: str, memory_mb: int) -> _Worker:
+    """Asks for another process.
+
+    Raises:
+      EnvironmentDied: the template takes no requests any more.
+    """
+    ours, theirs = socket.socketpair()
+    self._forks += 1
+    request = json.dumps({"fork": self._forks, "memory_mb": memory_mb}).encode() + b"\n"
+    try:
+      with theirs:
+        socket.send_fds(self._control, [request], [theirs.fileno()])
+    except OSError as e:
+      ours.close()
+      raise EnvironmentDied(f"{module}: the process that forks its environments: {e}") from e
+    ours.setblocking(False)
+    return _Worker(self, self._forks, module, ours)
+
+  def kill(self, number: int) -> None:
+    """Ends one of its processes and what that has started."""
+    with contextlib.suppress(OSError):  # it has ended, and they with it
+      self._control.send(json.dumps({"kill": number}).encode() + b"\n")
+
+  def close(self) -> None:
+    """Ends it and all of its processes; blocks until they are gone."""
+    self._control.close()
+    try:
+      self._process.wait(_CLOSING)
+    except subprocess.TimeoutExpired:
+      self.abort()
+
+  def abort(self) -> None:
+    """`close` for a template that does not listen: the kernel ends its processes with it."""
+    self._control.close()
+    self._process.kill()
+    self._process.wait()
+
+
+class _Worker:
+  """One process; used by one episode at a time."""
+
+  def __init__(self, template: _Template, number: int, module: str, own: socket.socket):
+    self.template, self.module = template, module
+    self._number, self._socket = number, own
+    self._read = bytearray()
+    self.busy = False  # a request is not answered: whoever gave up cannot hand the process on
 
   @property
   def usable(self) -> bool:
-    return self.alive and not self.busy
+    """Whether it waits for a request."""
+    if self.busy or self._socket.fileno() < 0:
+      return False
+    try:
+      self._socket.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+      return True
+    except OSError:
+      return False
+    return False  # it has ended, or talks unasked
 
   async def ask(self, request: dict[str, Any], deadline: float) -> Any:
-    """Returns the answer's value.
+    """Returns the answer's value; of no request, what it says when it is there.
 
     Raises:
       EnvironmentDied, EnvironmentHung, EnvironmentRaised: there is none.
     """
-    assert self._process.stdin and self._process.stdout
-    what, self.busy = next(iter(request)), True
+    loop, what, self.busy = asyncio.get_running_loop(), next(iter(request), "start"), True
     try:
       async with asyncio.timeout(deadline):
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        line = await self._process.stdout.readline()
+        if request:
+          await loop.sock_sendall(self._socket, json.dumps(request).encode() + b"\n")
+        line = await self._line(loop, what)
     except TimeoutError as e:
       raise EnvironmentHung(f"{what}: no answer within {deadline:g} s") from e
-    except (ConnectionError, ValueError) as e:  # ValueError: a reply beyond the limit
+    except OSError as e:
       raise EnvironmentDied(f"{what}: {e}") from e
-    if not line:
-      raise EnvironmentDied(f"{what}: its process ended")
     reply = json.loads(line)
     self.busy = False
     if "raised" in reply:
       raise EnvironmentRaised(f"{reply['raised']}: {reply['text']}\n{reply['traceback']}")
     return reply["value"]
 
-  def kill(self) -> None:
-    """Ends it and what it started, at once; asyncio reaps it."""
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(self._process.pid, signal.SIGKILL)
+  async def _line(self, loop: asyncio.AbstractEventLoop, what: str) -> bytearray:
+    while not self._read.endswith(b"\n"):
+      data = await loop.sock_recv(self._socket, 1 << 18)
+      if not data:
+        raise EnvironmentDied(f"{what}: its process ended")
+      self._read += data
+      if len(self._read) > _LONGEST:
+        raise EnvironmentDied(f"{what}: a reply of more than {_LONGEST} bytes")
+    line, self._read = self._read, bytearray()
+    return line
 
-  async def gone(self) -> None:
-    await self._process.wait()
+  def kill(self) -> None:
+    """Ends it and what it started, at once."""
+    self.template.kill(self._number)
+    self._socket.close()
 
 
 class Processes:
-  """Up to `at_once` processes for environments on each event loop, started when needed and reused.
+  """Up to `at_once` processes for environments, started when needed and reused.
+
+  Used by one event loop at a time.
 
   Args:
     at_once: processes; an episode beyond that waits for one.
     deadline: seconds that making, resetting or one step may take.
+    memory_mb: MiB that an environment may use beyond what a process has to begin with (Linux); 0
+      any.
 
   Attributes:
     started: processes so far; those beyond the number at once replaced others.
   """
 
-  def __init__(self, at_once: int = 16, *, deadline: float = 300.0):
-    if at_once < 1 or deadline <= 0:
-      raise UserError(f"environment processes: at_once = {at_once}, deadline = {deadline}: above 0")
-    self.at_once, self.deadline, self.started = at_once, deadline, 0
-    self._loops: weakref.WeakKeyDictionary[
-      asyncio.AbstractEventLoop, tuple[asyncio.Semaphore, list[_Worker], list[_Worker]]
-    ] = weakref.WeakKeyDictionary()
+  def __init__(self, at_once: int = 64, *, deadline: float = 300.0, memory_mb: int = 0):
+    if at_once < 1 or deadline <= 0 or memory_mb < 0:
+      raise UserError(
+        f"environment processes: at_once = {at_once}, deadline = {deadline}, memory_mb = "
+        f"{memory_mb}: expected 1 or more, above 0, 0 or more"
+      )
+    self.at_once, self.deadline, self.memory_mb, self.started = at_once, deadline, memory_mb, 0
+    self._templates: dict[str, _Template] = {}
+    self._idle: list[_Worker] = []
+    self._busy = 0
+    weakref.finalize(self, _end_all, self._templates, self._idle)
+    self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+      weakref.WeakKeyDictionary()
+    )
 
   def environment(self, factory: str, args: Mapping[str, Any] | None = None) -> ProcessEnvironment:
     """An environment that `factory` ("module:function") makes of keyword arguments (JSON)."""
@@ -120,48 +196,72 @@ class Processes:
       raise UserError(f"environment {factory!r}: expected 'module:function'")
     return ProcessEnvironment(self, factory, dict(args or {}))
 
-  async def take(self) -> _Worker:
-    places, idle, _ = self._here()
-    await places.acquire()
+  async def take(self, module: str) -> _Worker:
+    """A process for an environment of this module, when there is a place; `give` it back."""
+    await self._here().acquire()
+    self._busy += 1
     try:
-      while idle:
-        if (worker := idle.pop()).usable:
-          return worker
-        self._end(worker)
-      self.started += 1
-      return await _Worker.start()
+      return self._idle_one(module) or await self._another(module)
     except BaseException:  # cancelled too: nobody else would give the place back
-      places.release()
+      self._busy -= 1
+      self._here().release()
       raise
 
   def give(self, worker: _Worker) -> None:
-    places, idle, _ = self._here()
+    """Takes a process back, to be used again or, in the middle of something, to be killed."""
+    self._busy -= 1
     if worker.usable:
-      idle.append(worker)
+      self._idle.append(worker)
     else:
-      self._end(worker)
-    places.release()
+      worker.kill()
+    self._here().release()
 
-  async def close(self) -> None:
-    """Ends the idle processes of this loop; returns when those and all killed ones are gone."""
-    _, idle, ending = self._here()
-    while idle:
-      self._end(idle.pop())
-    while ending:
-      await ending.pop().gone()
+  def close(self) -> None:
+    """Ends all processes and blocks until they are gone (milliseconds). Later episodes start new
+    ones. Without it they end with our process."""
+    _end_all(self._templates, self._idle)
 
-  def _end(self, worker: _Worker) -> None:
-    ending = self._here()[2]
-    ending[:] = [w for w in ending if w.alive]
-    worker.kill()
-    ending.append(worker)
+  def _idle_one(self, module: str) -> _Worker | None:
+    for i in range(len(self._idle) - 1, -1, -1):  # the last one used first
+      if self._idle[i].module == module:
+        worker = self._idle.pop(i)
+        if worker.usable:
+          return worker
+        worker.kill()
+    return None
 
-  def _here(self) -> tuple[asyncio.Semaphore, list[_Worker], list[_Worker]]:
-    """This loop's places, idle processes and killed ones that may not have ended yet."""
+  async def _another(self, module: str) -> _Worker:
+    while self._idle and self._busy + len(self._idle) > self.at_once:
+      self._idle.pop(0).kill()  # of another module
+    template = self._templates.get(module)
+    if template is None or not template.alive:
+      template = self._templates[module] = _Template(module)
+    worker = template.fork(module, self.memory_mb)
+    self.started += 1
+    try:
+      await worker.ask({}, self.deadline)
+    except EnvironmentHung:  # importing the module, which holds up every other fork as well
+      worker.kill()
+      if self._templates.get(module) is template:
+        del self._templates[module]
+        await in_thread(template.abort)
+      raise EnvironmentHung(f"{module} was not imported within {self.deadline:g} s") from None
+    except BaseException:
+      worker.kill()
+      raise
+    return worker
+
+  def _here(self) -> asyncio.Semaphore:
+    """This loop's places."""
     loop = asyncio.get_running_loop()
-    if loop not in self._loops:
-      self._loops[loop] = asyncio.Semaphore(self.at_once), [], []
-    return self._loops[loop]
+    return self._places.setdefault(loop, asyncio.Semaphore(self.at_once))
+
+
+def _end_all(templates: dict[str, _Template], idle: list[_Worker]) -> None:
+  while idle:
+    idle.pop().kill()
+  while templates:
+    templates.popitem()[1].close()
 
 
 class ProcessEnvironment:
@@ -178,7 +278,7 @@ class ProcessEnvironment:
   async def reset(self) -> str:
     """Makes the environment and starts its episode."""
     if self._worker is None:
-      self._worker = await self._processes.take()
+      self._worker = await self._processes.take(self._factory.partition(":")[0])
     request = {"make": self._factory, "args": self._args, "path": sys.path}
     await self._worker.ask(request, self._processes.deadline)
     return await self._worker.ask({"reset": []}, self._processes.deadline)

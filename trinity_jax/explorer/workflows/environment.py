@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 from trinity_jax import plugins
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
 from trinity_jax.explorer.environments.environment import Environment
-from trinity_jax.explorer.environments.process import Processes
 from trinity_jax.explorer.workflow import Model
 from trinity_jax.explorer.workflows.multi_turn import play
 
@@ -21,8 +19,9 @@ async def environment(task: Task, model: Model) -> dict[str, float]:
 
   The row: "environment" ('module:function' that makes an Environment), and if it likes
   "environment_args" (its keyword arguments), "own_process" (false; true: it lives in a process
-  that is killed when it hangs and replaced when it dies), "max_turns" (default 32). The first
-  turn's text comes from the environment; a system message of the row stays.
+  that is killed when it hangs and replaced when it dies: config.explorer.environment_processes),
+  "max_turns" (default 32). The first turn's text comes from the environment; a system message of
+  the row stays.
 
   Raises:
     UserError: the row names no environment that there is.
@@ -38,16 +37,12 @@ async def environment(task: Task, model: Model) -> dict[str, float]:
   if not isinstance(turns, int) or turns < 1:
     raise UserError(f"{task.taskset} row {task.index}: max_turns = {turns!r}: expected 1 or more")
   made: Environment
-  if row.get("own_process", False):
-    made = processes().environment(name, args)
-  else:
+  if not row.get("own_process", False):
     made = plugins.load(name, "environment")(**args)
+  elif model.processes is None:
+    raise UserError(f"{task.taskset} row {task.index}: own_process: no processes are kept here")
+  else:
+    made = model.processes.environment(name, args)
   first = task.messages[0] if task.messages else {"role": ""}
   system = first["content"] if first["role"] == "system" else ""
   return {"return": (await play(model, made, turns, system=system)).total}
-
-
-@functools.cache
-def processes() -> Processes:
-  """The processes that all runs share."""
-  return Processes()
