@@ -15,6 +15,9 @@ Names:
            traces of environment latencies, beside the bound that no schedule can beat
   agents   many episodes at once that wait for their environments: against batches with a barrier,
            and how late the event loop runs
+  server   the sampler's rate beside a client in another process that holds open streams and asks
+           /health all the time, and how long that takes
+  chaos    episodes whose environments raise, hang, die, are slow or talk nonsense, beside calm ones
   buffer   the replay buffer in SQLite and PostgreSQL: experiences of 4096 tokens a second in and
            out, and how put and sample grow up to --held experiences
 
@@ -34,10 +37,12 @@ from absl import app, flags
 from benchmark import CPU_DEVICES, Row
 from perf_agents import bench_agents
 from perf_buffer import bench_buffer
+from perf_chaos import bench_chaos
 from perf_decode import bench_decode
 from perf_loss import bench_loss
 from perf_rft import bench_rft
 from perf_sampler import bench_sampler
+from perf_server import bench_server
 from perf_step import bench_half, bench_step
 
 _JSON = flags.DEFINE_string("json", None, "Write the rows here.")
@@ -51,6 +56,8 @@ COMMANDS: dict[str, Callable[[], list[Row]]] = {
   "buffer": bench_buffer,
   "rft": bench_rft,
   "agents": bench_agents,
+  "chaos": bench_chaos,
+  "server": bench_server,
 }
 
 

@@ -44,6 +44,17 @@ def test_buffer(tmp_path):
     assert rows[f"sqlite/{name}"]["value"] > 0
 
 
+@pytest.mark.slow
+def test_server(tmp_path):
+  path = tmp_path / "rows.json"
+  done = perf("server", "--streams=4", "--seconds=1", "--repeats=1", f"--json={path}")
+  assert done.returncode == 0, done.stderr
+  rows = {r["name"]: r for r in json.loads(path.read_text())}
+  assert rows["beside_clients"]["ratio_to"] == "alone" and rows["beside_clients"]["ratio"] > 0
+  for name in ("streamed", "health_p50", "health_p99", "health_max"):
+    assert rows[name]["value"] > 0
+
+
 def test_unknown_names():
   done = perf("sampler", "--parts=equal,foo")
   assert done.returncode == 1

@@ -40,6 +40,13 @@ def test_text_survives_one_token_per_byte(tok, text):
   assert tok.decode(ids) == text
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_text_is_what_transformers_decodes(tok, skip):
+  for ids in ([], [1, 2, 300], list(range(tok.vocab_size)), [7 + 0xC3, 7 + 0xA9, 3]):
+    theirs = tok._inner.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    assert tok.decode(ids, skip_special_tokens=skip) == theirs
+
+
 def test_specials_are_single_tokens_and_left_out_of_text(tok):
   for i, name in enumerate(tokenizer.SPECIALS):
     assert tok.encode(name) == [i]

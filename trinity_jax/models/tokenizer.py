@@ -46,10 +46,12 @@ class Tokenizer:
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+    plain = [int(i) for i in ids]
+    backend = getattr(self._inner, "backend_tokenizer", None)
+    if backend is not None:  # what transformers does, without its looks at every id
+      return backend.decode(plain, skip_special_tokens=skip_special_tokens)
     return self._inner.decode(
-      [int(i) for i in ids],
-      skip_special_tokens=skip_special_tokens,
-      clean_up_tokenization_spaces=False,
+      plain, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
 
   def apply_chat_template(
