@@ -19,7 +19,7 @@ def policies_of(served):
 
 
 def agent_while_weights_change(served, on_swap, policies):
-  """(model, experience) of an agent whose policy becomes the next one in the middle of each turn."""
+  """(model, experience) of an agent whose policy becomes the next one in mid-turn, every turn."""
   with served.server(on_swap) as (sampler, server):
     model = served.model(sampler, server)
 
