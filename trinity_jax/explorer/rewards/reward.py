@@ -22,6 +22,7 @@ from trinity_jax.explorer.rewards.boxed import (
 from trinity_jax.explorer.rewards.code import code_reward, code_reward_async
 from trinity_jax.explorer.rewards.countdown import countdown_reward
 from trinity_jax.explorer.rewards.dapo import dapo_reward, dapo_reward_async
+from trinity_jax.explorer.rewards.exact import exact_reward
 from trinity_jax.explorer.rewards.format import format_reward
 from trinity_jax.explorer.rewards.math import math_reward, math_reward_async
 from trinity_jax.explorer.rewards.rubric import rubric_reward
@@ -76,6 +77,7 @@ _BUILTINS = {
   "code": _Builtin(code_reward, code_reward_async),
   "countdown": _Builtin(countdown_reward, None),
   "dapo": _Builtin(dapo_reward, dapo_reward_async),
+  "exact": _Builtin(exact_reward, None),
   "format": _Builtin(format_reward, None),
   "math": _Builtin(math_reward, math_reward_async),
   "rubric": _Builtin(rubric_reward, None),
