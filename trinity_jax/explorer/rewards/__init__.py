@@ -9,6 +9,7 @@ from trinity_jax.explorer.rewards.boxed import accuracy_reward, boxed_reward
 from trinity_jax.explorer.rewards.code import code_reward, code_reward_async
 from trinity_jax.explorer.rewards.countdown import countdown_reward
 from trinity_jax.explorer.rewards.dapo import dapo_reward, overlong_penalty, response_tokens
+from trinity_jax.explorer.rewards.exact import exact_reward
 from trinity_jax.explorer.rewards.format import format_reward
 from trinity_jax.explorer.rewards.grader_pool import Grade, GraderPool
 from trinity_jax.explorer.rewards.judge import Judge, NoVerdict
@@ -47,6 +48,7 @@ __all__ = [
   "combine",
   "countdown_reward",
   "dapo_reward",
+  "exact_reward",
   "format_reward",
   "grading_counts",
   "make_reward",
