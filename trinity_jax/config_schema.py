@@ -99,6 +99,19 @@ class ExplorerConfig:
   max_failed_steps: int = key(
     3, "Steps in a row in which every run failed before the program stops.", low=1
   )
+  max_logs: int = key(
+    1,
+    "Token logs of a run that are trained on, the latest ones: a run has several when it begins "
+    "further dialogues or rewrites one. A train step has room for batch_size x group_size x "
+    "max_logs sequences.",
+    low=1,
+  )
+  min_runs: int = key(
+    0,
+    "Runs of a group that must not fail: with fewer the group is dropped and another one sampled "
+    "in its place. 0 keeps every group, failed runs being empty.",
+    low=0,
+  )
   reward_workers: int = key(2, "Processes that grade answers.", low=1)
   environment_processes: int = key(
     64,
@@ -417,6 +430,15 @@ class ServerConfig:
   max_body: int = key(8 * 2**20, "Largest request, in bytes.", low=1)
   rate: float = key(0.0, "Requests a second that a bearer token may make; 0 any.", low=0.0)
   deadline: float = key(600.0, "Seconds after which a request is given up.", above=0)
+  record: bool = key(
+    False,
+    "serve: sessions (header x-session-id) become training data of the run in --workdir, which a "
+    "process with --mode=train trains, and whose weights are served as they come.",
+  )
+  session_timeout: float = key(
+    3600.0, "Seconds without a request after which such a session is dropped.", above=0
+  )
+  max_sessions: int = key(1024, "Such sessions open at once, or waiting for their reward.", low=1)
   certificate: str = key("", "PEM file; the server speaks TLS with it and its private_key.")
   private_key: str = key("", "PEM file.")
 
