@@ -206,7 +206,7 @@ class _Bench:
   def close(self) -> None:
     if self._parts is not None:
       engine, groups, _ = self._parts
-      groups.close()
+      self._loop.run(groups.aclose())
       engine.close()
     self._loop.close()
 

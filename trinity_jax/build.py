@@ -19,6 +19,7 @@ from trinity_jax.config import Config, taskset_config
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
 from trinity_jax.explorer.explorer import Explorer, Versions, tasks_per_batch
+from trinity_jax.explorer.grading import grading
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import params as params_lib
@@ -103,7 +104,7 @@ def make_buffer(config: Config, schedule: Schedule, directory: Path, start: int)
       "use sqlite or a postgresql:// address"
     )
   tasks = tasks_per_batch(config)
-  ahead = tasks * e.group_size * (schedule.max_steps_ahead + 1)
+  ahead = tasks * e.group_size * e.max_logs * (schedule.max_steps_ahead + 1)
   return ReplayBuffer(
     open_store(
       b.url,
@@ -275,7 +276,7 @@ def make_explorer(
     reward = make_reward(
       config.taskset.reward, config.taskset.reward_args, workers=config.explorer.reward_workers
     )
-    grade = lambda response, task: reward.grade(response, task.truth, task)
+    grade = grading(reward)
   return Explorer(
     config,
     engine=engine,
@@ -299,7 +300,7 @@ def held_out_taskset(config: Config, index: int):
   own = taskset_config(config.eval.tasksets[index], f"eval.tasksets[{index}]")
   reward = make_reward(own.reward, own.reward_args, workers=config.explorer.reward_workers)
   tasks = load_taskset(own, seed=config.seed, is_eval=True, require=("truth",)).tasks
-  return own, tasks, lambda response, task: reward.grade(response, task.truth, task)
+  return own, tasks, grading(reward)
 
 
 def training_taskset(config: Config, algorithm: Algorithm) -> Taskset:

@@ -20,6 +20,7 @@ from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.config import Config, resolve
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
+from trinity_jax.explorer.grading import grading
 from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.explorer.workflow import SamplingParams
@@ -72,13 +73,13 @@ async def _run(engine: RolloutEngine, stage: Config, tokenizer: Tokenizer, task:
   s = stage.sampler
   runner = groups.runner(
     stage.taskset.workflow,
-    lambda response, task: reward.grade(response, task.truth, task),
+    grading(reward),
     SamplingParams(s.temperature, s.max_response_length, s.top_p, s.top_k),
     TRAIN_STREAM,
   )
   ids = group_ids(1, [0], 1)
   groups.announce(TRAIN_STREAM, ids)
-  with contextlib.closing(groups):
+  async with contextlib.aclosing(groups):
     return (await groups.run(runner, task, ids[0]))[0]
 
 

@@ -239,6 +239,8 @@ class Batch:
     group: i32[N], group number within the step.
     valid: bool[N], False for failed runs and unused rows of the table.
     run, step, pair, source, stop_reason: i32[N].
+    leader: i32[N], the sequence that stands for the run in comparisons of runs: the run's last one
+      with action tokens, of runs with one sequence that one.
     temperature: f32[N].
     num_micro: i32[], live micro-batches.
     num_tokens: i32[], action tokens of the whole step (the global denominator).
@@ -260,6 +262,7 @@ class Batch:
   run: Any
   step: Any
   pair: Any
+  leader: Any
   source: Any
   stop_reason: Any
   temperature: Any

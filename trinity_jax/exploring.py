@@ -113,7 +113,6 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
     on_eval=on_eval,
     evaluated=_Shared(directory / "evaluated", config, done),
   )
-  stack.callback(explorer.close)
   engine.start()
   progress.message(f"explorer {config.explorer.name}: ready")
 
@@ -124,9 +123,12 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
     def stop() -> None:
       loop.call_soon_threadsafe(main.cancel)
 
-    with preemption.telling(stop):
-      await explorer.explore(total)
-      await explorer.evaluate_last(total)
+    try:
+      with preemption.telling(stop):
+        await explorer.explore(total)
+        await explorer.evaluate_last(total)
+    finally:
+      await explorer.aclose()
 
   try:
     asyncio.run(go())

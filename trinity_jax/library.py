@@ -28,6 +28,7 @@ from trinity_jax.config import Config, resolve
 from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
+from trinity_jax.explorer.grading import grading
 from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
 from trinity_jax.explorer.rewards import make_reward
 from trinity_jax.explorer.workflow import SamplingParams
@@ -100,11 +101,10 @@ class Session:
       c, self.sampler, self.tokenizer, lambda _: contextlib.nullcontext(),
       greedy_first=algorithm.needs_greedy,
     )  # fmt: skip
-    self._exits.callback(self._groups.close)
     reward = make_reward(
       c.taskset.reward, c.taskset.reward_args, workers=c.explorer.reward_workers
     )
-    self._grade = lambda response, task: reward.grade(response, task.truth, task)
+    self._grade = grading(reward)
     self._batches = 0
     # Of its own thread: a notebook has a running loop already.
     self._loop = asyncio.new_event_loop()
@@ -116,6 +116,7 @@ class Session:
     return self
 
   def __exit__(self, *exc: object) -> None:
+    self.wait(self._groups.aclose())
     self._exits.close()
     self._loop.call_soon_threadsafe(self._loop.stop)
     self._thread.join()

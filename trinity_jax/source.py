@@ -66,7 +66,11 @@ class Source:
   def _run(self) -> None:
     async def main():
       self._loop, self._main = asyncio.get_running_loop(), asyncio.current_task()
-      await self.explore()
+      try:
+        await self.explore()
+      finally:
+        if self.explorer is not None:
+          await self.explorer.aclose()
 
     try:
       asyncio.run(main())
@@ -104,8 +108,6 @@ class Source:
         with contextlib.suppress(RuntimeError):  # the loop has closed by itself meanwhile
           self._loop.call_soon_threadsafe(self._main.cancel)
       self._thread.join(30)
-    if self.explorer is not None:
-      self.explorer.close()
 
 
 class Rollouts(Source):

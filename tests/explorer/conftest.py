@@ -78,7 +78,7 @@ class World:
     return Model(sampler, self.tokenizer, id, seed, params, PROMPT)
 
   def run(self, sampler, workflow, tasks, *, grade=None, timeout=WAIT, retries=0, retry_on=()):
-    """One run per task, all at once; returns their experiences."""
+    """One run per task, all at once; returns the last experience of each."""
 
     async def ones(response, task):
       return Score(1.0, {"accuracy": 1.0})
@@ -93,7 +93,7 @@ class World:
       for _ in tasks:
         sampler.enter()
       runs = (runner.run(t, ExperienceId(1, i, 0, 0)) for i, t in enumerate(tasks))
-      out = await asyncio.gather(*runs)
+      out = [ran.experiences()[-1] for ran in await asyncio.gather(*runs)]
       for _ in range(2):  # whoever gave up is out of the sampler when it has served another
         sampler.enter()
         try:

@@ -231,17 +231,21 @@ def test_eval_metrics_by_hand():
 
 
 def test_group_metrics_by_hand():
-  def run(task, reward):
+  def run(task, reward, number, step=0):
     one = np.ones(2)
-    return Experience(one, np.array([0, 1]), one, one, ExperienceId(1, task, 0, 0), reward)
+    return Experience(one, np.array([0, 1]), one, one, ExperienceId(1, task, number, step), reward)
 
   rewards = [(0, 1.0), (0, 1.0), (1, 0.0), (1, 0.0), (2, 1.0), (2, 0.0), (3, 0.5), (3, 0.5)]
-  got = explorer_lib.group_metrics([run(*r) for r in rewards], 2)
+  runs = [run(*r, number=i % 2) for i, r in enumerate(rewards)]
+  got = explorer_lib.group_metrics(runs, 2)
   assert got == {
     "group/count": 4, "frac_reward_zero_std": 0.75, "group/solve_all": 0.25,
     "group/solve_none": 0.25,
   }  # fmt: skip
-  assert explorer_lib.group_metrics([run(*r) for r in rewards], 1) == {}
+  # A run's last log stands for it.
+  logs = [run(0, 5.0, 0, 0), run(0, 1.0, 0, 1), *runs[1:]]
+  assert explorer_lib.group_metrics(logs, 2) == got
+  assert explorer_lib.group_metrics(runs, 1) == {}
 
 
 # --- the explorer's own end ---------------------------------------------------------------------

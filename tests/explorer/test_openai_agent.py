@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -31,7 +32,7 @@ def test_calls_of_an_agent_are_the_turns_of_its_run(world, workflow, determinist
   with world.sampler(version=None, deterministic=deterministic) as sampler:
     rig = Rig(world, sampler, config_of(world, **settings))
     steps = rig.go(1, 2)
-    rig.explorer.close()
+    asyncio.run(rig.explorer.aclose())
   found = [e for step in steps for e in step]
   assert len(found) == 12 and all(not e.stop_reason.failed for e in found), found[0].info
   for e in found:

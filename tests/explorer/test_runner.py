@@ -11,7 +11,8 @@ import pytest
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import StopReason
 from trinity_jax.explorer.rewards import Score
-from trinity_jax.explorer.runner import Runner, read_reward
+from trinity_jax.explorer.outcome import read_reward
+from trinity_jax.explorer.runner import Runner
 
 GOOD = (StopReason.STOP, StopReason.LENGTH)
 
@@ -51,7 +52,7 @@ async def behave(task, model):
     case "bad component":
       return {"accuracy": 1.0, "style": None}
     case "list":
-      return [1.0]
+      return [1.0, 2.0]
     case "components":
       return {"accuracy": 1.0, "length": -0.25}
     case "number":
@@ -78,7 +79,7 @@ FAILURES = {
   "text": (StopReason.ERROR, "ValueError", "returned reward = 'abc'; expected a finite number"),
   "nan": (StopReason.ERROR, "ValueError", "returned reward = nan"),
   "bad component": (StopReason.ERROR, "ValueError", "returned style = None"),
-  "list": (StopReason.ERROR, "ValueError", r"returned reward = [1.0]"),
+  "list": (StopReason.ERROR, "ValueError", "2 rewards, but its run has 1 token logs"),
   "bad grade": (StopReason.ERROR, "ZeroDivisionError", "in the reward"),
 }
 HANGS = ("hang", "hang and mask it", "hang later", "grade hangs")

@@ -148,11 +148,16 @@ class Algorithm(NamedTuple):
     out: dict[str, stats.Stat] = {}
     mask, index, size = arrays["mask"], arrays["sequence_index"], arrays["num_sequences"]
     valid = arrays["valid"]
+    compared = self._runs_as_one(arrays)
     if self.kl_coef and self.kl_in == "reward":
       coef = self.kl_coef if kl_coef is None else kl_coef
-      arrays, out["kl"] = self._penalised(coef, arrays)
-    advantages, found = self.advantage(**arrays | self._rollouts(arrays), num_groups=num_groups)
-    advantages = to_tokens(-advantages if self.flip else advantages, mask, index)
+      compared, out["kl"] = self._penalised(coef, compared)
+      arrays |= {k: compared[k] for k in ("rewards", "token_rewards") if k in compared}
+    advantages, found = self.advantage(
+      **compared | self._rollouts(compared), num_groups=num_groups
+    )
+    advantages = -advantages if self.flip else advantages
+    advantages = to_tokens(advantages, mask, compared["sequence_index"])
     if self.blend is None:
       weights = aggregation.weights(mask, index, size, self.aggregation, max_length, valid=valid)
     else:
@@ -173,6 +178,17 @@ class Algorithm(NamedTuple):
     names = ("token_rewards", "values", "mask", "sequence_index", "valid")
     options = {k: v for k, v in self.advantage.options.items() if k in ("gamma", "lam")}
     return value_targets(**{k: arrays[k] for k in names}, **options)
+
+  def _runs_as_one(self, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays as an advantage sees them that compares runs: each run counts once, however many
+    sequences it has. Its last one stands for it, all of its tokens belong to that one, and so what
+    it gets goes to every token of the run. Advantages that read run_ids see the sequences."""
+    leader = arrays.get("leader")
+    if leader is None or not self.needs_group or "run_ids" in self.advantage.inputs:
+      return arrays
+    leads = leader == jnp.arange(leader.shape[0])
+    index = leader[jnp.where(arrays["mask"], arrays["sequence_index"], 0)]
+    return arrays | {"valid": arrays["valid"] & leads, "sequence_index": index}
 
   def _rollouts(self, arrays: dict[str, Any]) -> dict[str, Any]:
     """Where experts are blended in, they enter no statistic of the rewards."""

@@ -20,7 +20,8 @@ from trinity_jax.errors import UserError, suggestion
 # Arrays that the framework can provide. X = the shape of token arrays, [N] = one entry a sequence.
 INPUTS = {
   "rewards": "[N] reward of each sequence",
-  "group_ids": "[N] index of its group (task) in [0, num_groups)",
+  "group_ids": "[N] index of its group (task) in [0, num_groups); where an advantage reads it (and "
+  "not run_ids), a run's sequences come as one: its last, with the tokens of all",
   "valid": "[N] False where a slot holds no sequence",
   "num_groups": "static int",
   "mask": "X, True at tokens the policy wrote",
@@ -41,6 +42,7 @@ INPUTS = {
   "num_sequences": "static int N",
   "run_ids": "[N] which run of its group (step-wise runs have several sequences)",
   "step_ids": "[N] which of the run's sequences, in order",
+  "leader": "[N] index of the sequence that stands for the run",
   "state_ids": "[N] equal where two sequences started from the same environment state, -1 unknown",
   "step_rewards": "[N] reward of that turn alone",
   "baselines": "[N] reward of the task's greedy run",

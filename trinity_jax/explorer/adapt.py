@@ -16,9 +16,10 @@ from trinity_jax.explorer.answer import RunEnded
 from trinity_jax.explorer.threads import in_thread
 
 if TYPE_CHECKING:
-  from trinity_jax.explorer.workflow import Model, Reward, Workflow
+  from trinity_jax.explorer.workflow import Model, Returned, Workflow
 
 T = TypeVar("T")
+CLOSING = 10.0  # seconds that an instance may take to close
 
 
 class SyncModel:
@@ -81,7 +82,7 @@ class ClassWorkflow:
     self._free: list[Any] = []
     self.__name__ = make.__name__
 
-  async def __call__(self, task: Task, model: Model) -> Reward:
+  async def __call__(self, task: Task, model: Model) -> Returned:
     instance = self._free.pop() if self._free else await in_thread(self._make)
     try:
       if self._keep:
@@ -103,8 +104,10 @@ class ClassWorkflow:
 
   async def _end(self, instance: Any) -> None:
     if hasattr(instance, "close"):
-      with contextlib.suppress(Exception):  # the run has its result, or its own error
-        await _call(instance.close)
+      # The run has its result, or its own error.
+      with contextlib.suppress(Exception, TimeoutError):
+        async with asyncio.timeout(CLOSING):
+          await _call(instance.close)
 
 
 def as_workflow(thing: Any, name: str) -> Workflow:
@@ -123,7 +126,7 @@ def as_workflow(thing: Any, name: str) -> Workflow:
   if _is_async(thing):
     return thing
 
-  async def workflow(task: Task, model: Model) -> Reward:
+  async def workflow(task: Task, model: Model) -> Returned:
     return await _run(thing, task, model)
 
   return workflow
@@ -135,7 +138,7 @@ def _is_async(function: Any) -> bool:
   )
 
 
-async def _run(function: Any, task: Task, model: Model) -> Reward:
+async def _run(function: Any, task: Task, model: Model) -> Returned:
   if _is_async(function):
     return await function(task, model)
   try:

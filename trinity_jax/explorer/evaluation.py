@@ -8,12 +8,12 @@ from typing import Any
 
 from trinity_jax.config import Config, EvalConfig, TasksetConfig
 from trinity_jax.experience import Experience, Task
+from trinity_jax.explorer.grading import Grade, GroupGrade
 from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
 from trinity_jax.explorer.metrics import eval_metrics
-from trinity_jax.explorer.runner import Grade
 from trinity_jax.explorer.workflow import SamplingParams
 
-HeldOut = tuple[TasksetConfig, Sequence[Task], Grade]
+HeldOut = tuple[TasksetConfig, Sequence[Task], Grade | GroupGrade]
 
 
 def is_due(config: EvalConfig, version: int) -> bool:

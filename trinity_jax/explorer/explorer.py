@@ -19,8 +19,9 @@ from trinity_jax.config import Config
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Experience, Task
 from trinity_jax.explorer.evaluation import Evaluation, HeldOut
+from trinity_jax.explorer.grading import Grade, GroupGrade
 from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
-from trinity_jax.explorer.runner import Grade, Runner
+from trinity_jax.explorer.runner import Runner
 from trinity_jax.explorer.workflow import SamplingParams
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.monitor.loop_lag import LoopLag
@@ -56,7 +57,7 @@ class Explorer:
     bell: rung by the buffer too.
     taskset: training tasks.
     held_out: (config, tasks, grade) of each evaluation taskset.
-    grade: async (response, task) -> reward components, for training tasks.
+    grade: of training tasks.
     span: timeline.span.
     on_eval: called with (version, metrics, some experiences) after each evaluation.
     greedy_first: sample the first run of each training group greedily (a baseline).
@@ -75,7 +76,7 @@ class Explorer:
     bell: ThreadBell,
     taskset: Taskset | None,
     held_out: Sequence[HeldOut],
-    grade: Grade | None,
+    grade: Grade | GroupGrade | None,
     span: Callable[[str], contextlib.AbstractContextManager],
     on_eval: Callable[[int, dict[str, float], list[Experience]], None],
     greedy_first: bool = False,
@@ -101,9 +102,9 @@ class Explorer:
     self.regenerated = {"same": 0, "different": 0}  # groups that were stored before a restart
     self.loop_lag = LoopLag()
 
-  def close(self) -> None:
-    """Ends what runs may have started; nothing is explored any more."""
-    self._groups.close()
+  async def aclose(self) -> None:
+    """Ends what runs may have begun; nothing is explored any more."""
+    await self._groups.aclose()
 
   # --- rollouts ----------------------------------------------------------------------------------
 

@@ -9,9 +9,12 @@ from typing import Any
 
 from trinity_jax.config import Config
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
+from trinity_jax.explorer.adapt import ClassWorkflow
 from trinity_jax.explorer.environments.process import Processes
-from trinity_jax.explorer.runner import Grade, Runner
-from trinity_jax.explorer.workflow import Model, SamplingParams, find_workflow
+from trinity_jax.explorer.grading import Grade, GroupGrade
+from trinity_jax.explorer.runner import Ran, Runner
+from trinity_jax.explorer.threads import in_thread
+from trinity_jax.explorer.workflow import Model, SamplingParams, Workflow, find_workflow
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.serving import OnDemand
@@ -41,6 +44,7 @@ class Groups:
     self._greedy_first = greedy_first
     self._open: set[ExperienceId] = set()
     self._server = OnDemand(config, engine, tokenizer)
+    self._workflows: dict[str, Workflow] = {}
     self._processes = Processes(
       config.explorer.environment_processes,
       deadline=config.explorer.environment_deadline,
@@ -49,9 +53,13 @@ class Groups:
     self._failures: dict[tuple[str, int], int] = {}  # task -> groups in a row that failed whole
     self._completed: tuple[int, float] = (0, 0.0)  # runs, and their seconds outside the sampler
 
-  def runner(self, workflow: str, grade: Grade, params: SamplingParams, stream: int) -> Runner:
+  def runner(
+    self, workflow: str, grade: Grade | GroupGrade, params: SamplingParams, stream: int
+  ) -> Runner:
     """Who runs the workflow with these sampling parameters."""
     c = self.config
+    if workflow not in self._workflows:  # a class keeps instances from one step to the next
+      self._workflows[workflow] = find_workflow(workflow)
 
     def new_model(id: ExperienceId) -> Model:
       greedy = self._greedy_first and stream == TRAIN_STREAM and id.run == 0
@@ -70,7 +78,7 @@ class Groups:
       return model
 
     return Runner(
-      find_workflow(workflow),
+      self._workflows[workflow],
       grade,
       new_model,
       lambda id: self._engine.member((stream, *id)).leave(),
@@ -78,6 +86,7 @@ class Groups:
       timeout=self._timeout() if stream == TRAIN_STREAM else c.explorer.run_timeout,
       retries=c.explorer.max_retries,
       retry_on=c.explorer.retry_on,
+      most_logs=c.explorer.max_logs if stream == TRAIN_STREAM else 1,
     )
 
   def _timeout(self) -> float:
@@ -98,30 +107,34 @@ class Groups:
   async def run(
     self, runner: Runner, task: Task, ids: Sequence[ExperienceId]
   ) -> list[Experience]:
-    """The runs of one announced group; failed ones are values."""
+    """The runs of one announced group, those of a run in a row; failed ones are values.
+
+    Of a held-out task every run is one experience, its last.
+    """
     name = (task.taskset, task.index)
     if not task.is_eval and self._is_quarantined(name):
       return [self._not_run(task, id) for id in ids]
     self._open.update(ids)
 
-    async def one(id: ExperienceId) -> Experience:
+    async def one(id: ExperienceId) -> Ran:
       try:
         return await runner.run(task, id)
       finally:
         self._open.discard(id)
 
-    async with asyncio.TaskGroup() as runs:
-      started = [runs.create_task(one(id)) for id in ids]
-    out = [t.result() for t in started]
-    if any(not e.stop_reason.failed for e in out):
+    async with asyncio.TaskGroup() as group:
+      started = [group.create_task(one(id)) for id in ids]
+    runs = [t.result() for t in started]
+    await runner.grade_group(task, runs)
+    good = [ran for ran in runs if ran.failure is None]
+    if good:
       self._failures.pop(name, None)
     elif not task.is_eval:
       self._failures[name] = self._failures.get(name, 0) + 1
-    for e in out:
-      if not e.stop_reason.failed:
-        count, seconds = self._completed
-        self._completed = count + 1, seconds + e.metrics.get("environment_seconds", 0.0)
-    return out
+    for ran in good:
+      count, seconds = self._completed
+      self._completed = count + 1, seconds + ran.metrics["environment_seconds"]
+    return [e for ran in runs for e in ran.experiences()]
 
   def _is_quarantined(self, name: tuple[str, int]) -> bool:
     most = self.config.explorer.quarantine
@@ -135,10 +148,14 @@ class Groups:
     )
     return Experience.failed(id, StopReason.QUARANTINED, {"error": error, "task": task.index})
 
-  def close(self) -> None:
-    """Ends the server and the processes that runs may have asked for."""
-    self._server.close()
-    self._processes.close()
+  async def aclose(self) -> None:
+    """Ends what runs may have begun: a server, processes, kept instances of workflows."""
+    kept = [w for w in self._workflows.values() if isinstance(w, ClassWorkflow)]
+    self._workflows.clear()
+    for workflow in kept:
+      await workflow.close()
+    await in_thread(self._server.close)
+    await in_thread(self._processes.close)
 
   def describe(self) -> str:
     """Which runs are open, for the message of a wait that expired."""

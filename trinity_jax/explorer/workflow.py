@@ -2,7 +2,8 @@
 
 A workflow is `async def run(task, model) -> float | dict[str, float] | None`: it talks to the
 model and returns a reward, a dict of reward components (their sum counts), or None to have the
-last response graded by the taskset's reward function.
+last response graded by the taskset's reward function. A run of several dialogues may return a
+reward for each, or its experiences (see `outcome`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import (
   AbstractContextManager,
   ExitStack,
@@ -29,16 +30,15 @@ from trinity_jax.explorer import tool_calls
 from trinity_jax.explorer.adapt import as_workflow
 from trinity_jax.explorer.answer import Answer, PromptTooLong, RunEnded, SamplingParams
 from trinity_jax.explorer.dialogue import LONG, Dialogue, Messages, Tools
+from trinity_jax.explorer.outcome import Returned, Reward, experiences_of, read_scores
 from trinity_jax.explorer.replies import Reply, sample
-from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.threads import in_thread
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.request import Request
 from trinity_jax.sampler.rollout_engine import Member
 from trinity_jax.sampler.sampling import request_key
 
-Reward = float | Mapping[str, float] | None
-Workflow = Callable[[Task, "Model"], Awaitable[Reward]]
+Workflow = Callable[[Task, "Model"], Awaitable[Returned]]
 
 
 class Model:
@@ -85,7 +85,7 @@ class Model:
     self.processes: Any = None
     self.score: Callable[[np.ndarray], Awaitable[np.ndarray]] | None = None
     self.dialogues: list[Dialogue] = []
-    self._last: Dialogue | None = None
+    self._recent: list[Dialogue] = []  # logs by their last replies
     self.sampler, self._seed = sampler, seed
     self._max_prompt, self._stream, self._priority = max_prompt, stream, priority
     self._asking: set[asyncio.Task] = set()
@@ -105,7 +105,7 @@ class Model:
       PromptTooLong: the prompt exceeds sampler.max_prompt_length.
       ValueError: the prompt rewrites history, or another call has not ended yet.
     """
-    log = self._last or next(iter(self.dialogues), None) or self._begin()
+    log = next(reversed(self._recent), None) or next(iter(self.dialogues), None) or self._begin()
     if log.busy:
       raise ValueError(
         f"run {self.id}: a second call to the model before the first has ended; a run's turns form "
@@ -200,11 +200,11 @@ class Model:
     Raises:
       ValueError: no turn yet, or not a finite number.
     """
-    if self._last is None or not self._last.recorded:
+    if not self._recent or not self._recent[-1].recorded:
       raise ValueError(f"run {self.id}: a reward before the first reply; there is no turn it is of")
     if not math.isfinite(value):
       raise ValueError(f"run {self.id}: reward({value!r}): expected a finite number")
-    turn = self._last.turns[-1]
+    turn = self._recent[-1].turns[-1]
     turn.reward = (turn.reward or 0.0) + float(value)
 
   def openai(self, *, sync: bool = False, **kwargs: Any) -> Any:
@@ -324,7 +324,8 @@ class Model:
     with self._in_sampler():
       reply = await sample(self.sampler, request, self.tokenizer, stop=stop, on_text=on_text)
     self.forks += not log.recorded and any(d.recorded for d in self.dialogues)
-    self.stop_reason, self.turns, self._last = reply.completion.stop_reason, self.turns + 1, log
+    self.stop_reason, self.turns = reply.completion.stop_reason, self.turns + 1
+    self._recent = [*(d for d in self._recent if d is not log), log]
     return reply
 
   @contextmanager
@@ -347,25 +348,48 @@ class Model:
 
   # --- what was recorded -------------------------------------------------------------------------
 
-  def experience(self, score: Score, info: dict[str, Any]) -> Experience:
+  @property
+  def logs(self) -> list[Dialogue]:
+    """The token logs with replies, in the order in which they began."""
+    return sorted((d for d in self.dialogues if d.recorded), key=lambda d: d.number)
+
+  def experience(self, reward: Reward, info: dict[str, Any] | None = None) -> Experience:
     """The log of the last reply as one experience; see `experiences`."""
-    assert self._last is not None, "a run without a turn has no experience"
-    return self._experience(self._last, self.id, score, info)
+    (out,) = self.experiences(reward, info, most=1)
+    return out
 
-  def experiences(self, score: Score, info: dict[str, Any]) -> list[Experience]:
-    """Every log as an experience, in the order in which they began; ids differ in `step`.
+  def experiences(
+    self,
+    reward: Reward | Sequence[Reward] = 0.0,
+    info: dict[str, Any] | None = None,
+    *,
+    most: int | None = None,
+  ) -> list[Experience]:
+    """The token logs as experiences, in the order in which they began; ids differ in `step`.
 
-    All of them get the run's reward, and their turns' own beside it.
+    Args:
+      reward: of the run: every log gets it, and what `reward` was given for turns of any of them;
+        or a list, one a log: each gets its own and that of its own turns.
+      info: goes with each.
+      most: the latest so many, by their last replies.
+
+    Raises:
+      ValueError: a reward that is not finite, or not one a log; no reply yet.
     """
-    logs = sorted((d for d in self.dialogues if d.recorded), key=lambda d: d.number)
-    ids = (self.id._replace(step=self.id.step + i) for i in range(len(logs)))
-    return [self._experience(d, id, score, info) for d, id in zip(logs, ids)]
-
-  def _experience(self, log: Dialogue, id: ExperienceId, score: Score, info: dict) -> Experience:
+    logs = self.logs
+    if not logs:
+      raise ValueError(f"run {self.id}: no call to the model yet, so it has no experience")
+    score = read_scores(reward, len(logs))
+    if score is None:
+      raise ValueError(f"run {self.id}: experiences(None): expected a reward")
+    recent = [d for d in self._recent if d.recorded]
+    kept = recent if most is None else recent[-most:]
     more: dict[str, Any] = {"forks": self.forks} if self.forks else {}
     if self.tool_errors:
       more["tool_errors"] = self.tool_errors[-_MOST_ERRORS:]
-    return log.experience(id, score, self.params.temperature or 1.0, {**info, **more})
+    return experiences_of(
+      logs, kept, self.id, score, self.params.temperature or 1.0, {**(info or {}), **more}
+    )
 
 
 def _current() -> asyncio.Task:

@@ -57,6 +57,8 @@ _TEXT: dict[str, str] = {
     rollout/count | rollouts | rollouts finished for this step
     rollout/empty | fraction | rollouts without a trainable token
     rollout/errored | fraction | rollouts that ended in an error
+    rollout/logs | logs | token logs per rollout
+    rollout/logs_dropped | logs | token logs of this step beyond explorer.max_logs, not trained on
     error/{type}/count | count | errors of one exception type
     stop/{reason} | fraction | rollouts that ended for this reason
     prompt_length* | tokens | prompt tokens per rollout
@@ -102,7 +104,8 @@ _TEXT: dict[str, str] = {
     staleness/worst | versions | largest staleness seen so far
     staleness/mixed_tokens | fraction | tokens sampled in a context of several versions
     staleness/masked_tokens | tokens | action tokens left out so far for their staleness
-    queue/dropped_groups | groups | groups dropped so far: every token was too stale
+    queue/dropped_groups | groups | groups dropped so far: every token too stale, or short
+    queue/short_groups | groups | those with fewer good runs than explorer.min_runs, this process's
     queue/regenerated | groups | groups sampled again after a restart, equal to what was stored
     queue/regenerated_otherwise | groups | the same, but not equal
     stale_dropped | experiences | experiences dropped for their staleness

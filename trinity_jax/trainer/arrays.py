@@ -17,7 +17,7 @@ from trinity_jax.trainer.scoring import micro_batch
 
 _PER_SEQUENCE = {
   "rewards": "rewards", "group_ids": "group", "valid": "valid", "run_ids": "run",
-  "step_ids": "step", "pair_ids": "pair",
+  "step_ids": "step", "pair_ids": "pair", "leader": "leader",
 }  # fmt: skip
 _PER_TOKEN = {
   "mask": "action_mask", "old_logprob": "logprobs", "ref_logprob": "ref_logprobs",
@@ -68,11 +68,12 @@ def of_micro_batch(
 
 
 def greedy_rewards(batch: Batch, num_groups: int) -> jax.Array:
-  """[N]: the reward of run 0 of each sequence's group (ReMax samples it greedily).
+  """[N]: the reward of run 0 of each sequence's group (ReMax samples it greedily), its last one.
 
   A group whose run 0 has failed gets each sequence's own reward: it teaches nothing.
   """
-  first = jnp.where(batch.valid & (batch.run == 0), batch.group, num_groups)
+  leads = batch.leader == jnp.arange(batch.leader.shape[0])
+  first = jnp.where(batch.valid & leads & (batch.run == 0), batch.group, num_groups)
   reward = jnp.zeros(num_groups).at[first].set(batch.rewards, mode="drop")
   known = jnp.zeros(num_groups, bool).at[first].set(True, mode="drop")
   return jnp.where(known[batch.group], reward[batch.group], batch.rewards)

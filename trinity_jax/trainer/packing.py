@@ -122,7 +122,8 @@ def pack(
   """
   if len(experiences) > spec.sequences:
     raise UserError(
-      f"{len(experiences)} experiences in one step, but trainer.batch_size allows {spec.sequences}"
+      f"{len(experiences)} experiences in one step, but there is room for {spec.sequences}: runs x "
+      "explorer.max_logs, or trainer.batch_size"
     )
   for e in experiences:
     if len(e.tokens) and e.action_mask[0]:
@@ -177,6 +178,7 @@ def _sequence_fields(experiences, size: int, pairs) -> dict[str, Any]:
     "run": np.zeros(size, np.int32),
     "step": np.zeros(size, np.int32),
     "pair": np.full(size, -1, np.int32),
+    "leader": leaders(experiences, size),
     "source": np.zeros(size, np.int32),
     "stop_reason": np.zeros(size, np.int32),
     "temperature": np.ones(size, np.float32),
@@ -191,3 +193,16 @@ def _sequence_fields(experiences, size: int, pairs) -> dict[str, Any]:
     if pairs is not None:
       table["pair"][i] = pairs[i]
   return table
+
+
+def leaders(experiences: Sequence[Experience], size: int) -> np.ndarray:
+  """i32[size]: of each sequence, the last one of its run that has action tokens (else itself)."""
+  out = np.arange(size, dtype=np.int32)
+  last: dict[tuple[int, int, int], tuple[int, int]] = {}
+  for i, e in enumerate(experiences):
+    if e.num_actions:
+      last[e.id[:3]] = max(last.get(e.id[:3], (-1, i)), (e.id.step, i))
+  for i, e in enumerate(experiences):
+    if e.num_actions:
+      out[i] = last[e.id[:3]][1]
+  return out

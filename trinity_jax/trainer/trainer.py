@@ -270,6 +270,8 @@ def pack_spec(config: Config, algorithm: Algorithm) -> PackSpec:
   if algorithm.data == "preferences":
     longest *= 2  # a pair shares a row
   sequences = config.trainer.batch_size or config.explorer.batch_size * config.explorer.group_size
+  if not algorithm.supervised:
+    sequences *= config.explorer.max_logs
   if algorithm.blend is not None:
     sequences += config.experts.batch_size
   return PackSpec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -21,7 +22,7 @@ from trinity_jax.explorer.rewards.boxed import (
 )
 from trinity_jax.explorer.rewards.code import code_reward, code_reward_async
 from trinity_jax.explorer.rewards.countdown import countdown_reward
-from trinity_jax.explorer.rewards.dapo import dapo_reward, dapo_reward_async
+from trinity_jax.explorer.rewards.dapo import dapo_reward, dapo_reward_async, response_tokens
 from trinity_jax.explorer.rewards.exact import exact_reward
 from trinity_jax.explorer.rewards.format import format_reward
 from trinity_jax.explorer.rewards.math import math_reward, math_reward_async
@@ -170,16 +171,28 @@ class Reward:
     return self._sum([await part.run(response, truth, task) for part in self.parts])
 
   async def grade_group(
-    self, responses: Sequence[str], truth: str, task: Task | None = None
+    self,
+    responses: Sequence[str],
+    truth: str,
+    task: Task | None = None,
+    tokens: Sequence[int] | None = None,
   ) -> list[Score]:
     """Scores all responses to a task, in order, as `grade` does; each of its functions either sees
-    them one by one (all at the same time) or, a group reward, all at once."""
+    them one by one (all at the same time) or, a group reward, all at once.
+
+    Args:
+      tokens: how many each response has, for functions that ask (see `response_tokens`).
+    """
     if not responses:
       return []
 
+    async def single(part: _Part, i: int) -> Any:
+      with response_tokens(tokens[i]) if tokens is not None else contextlib.nullcontext():
+        return await part.run(responses[i], truth, task)
+
     async def column(part: _Part) -> list[Any]:
       if not part.group:
-        return await _together(part.run(r, truth, task) for r in responses)
+        return await _together(single(part, i) for i in range(len(responses)))
       values = list(await part.run(list(responses), truth, task))
       if len(values) != len(responses):
         raise UserError(
