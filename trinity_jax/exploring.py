@@ -72,7 +72,7 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
   directory.mkdir(parents=True, exist_ok=True)
   buffer = build.make_buffer(config, make_schedule(config.sync), directory, 0)
   stack.callback(build.close_buffer, buffer)
-  model_path = _wait_for_start(config, directory, buffer.bell)
+  model_path = wait_for_start(config, directory, buffer.bell)
   algorithm = make_algorithm(config.algorithm)
   check_lag(config, algorithm)
   meshes = build.make_meshes(config)
@@ -139,7 +139,12 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
       buffer.release(config.explorer.name)
 
 
-def _wait_for_start(config: Config, directory: Path, bell: ThreadBell) -> Path:
+def wait_for_start(config: Config, directory: Path, bell: ThreadBell) -> Path:
+  """The model that the stage trains, once its trainer has begun.
+
+  Raises:
+    RunFailed: that took longer than sync.timeout.
+  """
   start = directory / START
   seen = bell.count
   while not start.exists():
