@@ -18,7 +18,7 @@ import pytest
 
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
-from trinity_jax.explorer.environments import flaky
+from trinity_jax.explorer.environments import flaky, process
 from trinity_jax.explorer.environments.environment import Step, checked
 from trinity_jax.explorer.environments.flaky import AsyncFlaky, Fate, Flaky, Rates
 from trinity_jax.explorer.environments.process import (
@@ -42,7 +42,10 @@ class Yes:
   """A model handle that always says yes."""
 
   def __init__(self):
-    self.messages = []
+    self.messages, self.total = [], 0.0
+
+  def reward(self, value):
+    self.total += value
 
   async def chat(self, messages, tools=None):
     self.messages = [*messages, {"role": "assistant", "content": "yes"}]
@@ -251,10 +254,9 @@ def test_a_module_that_hangs_is_named_and_harms_no_other(tmp_path, monkeypatch):
     processes = Processes(2)
     good = processes.environment(FLAKY, args(seed_of("")))
     await good.reset()
-    processes.deadline = 0.5
+    monkeypatch.setattr(process, "_STARTING", 0.5)
     with pytest.raises(EnvironmentHung, match="hangs was not imported within 0.5 s"):
       await processes.environment(f"{name}:Quiet").reset()
-    processes.deadline = 60.0
     assert (await good.step("x")).observation == "turn 1"
     await good.close()
     processes.close()
@@ -374,7 +376,9 @@ def test_as_a_workflow():
   def run(**row):
     task, model = Task(2, ({"role": "user", "content": "x"},), raw=row), Yes()
     model.processes = processes
-    return asyncio.run(find_workflow("environment")(task, model))
+    score = asyncio.run(find_workflow("environment")(task, model))
+    assert score.total == 0.0 and model.total == score.components["return"]
+    return score.components
 
   processes = None
 

@@ -22,7 +22,10 @@ class Scripted:
   """A model handle that says what it was told to."""
 
   def __init__(self, *lines):
-    self.lines, self.messages, self.asked = list(lines), [], []
+    self.lines, self.messages, self.asked, self.rewards = list(lines), [], [], []
+
+  def reward(self, value):
+    self.rewards.append((len(self.asked), value))
 
   async def chat(self, messages, tools=None):
     self.asked.append([m["content"] for m in messages])
@@ -45,16 +48,17 @@ ROW = frozen_lake.generate("eval", held_out=1)[0]
 
 def test_the_right_way_is_rewarded():
   reward, model = run(ROW, *ROW["answer"])
-  assert reward == {"accuracy": 1.0}
+  assert reward == (0.0, {"accuracy": 1.0})
+  assert model.rewards == [(len(ROW["answer"]), 1.0)]
   assert model.asked[0] == [ROW["prompt"]]
   assert len(model.asked[-1]) == 2 * len(ROW["answer"]) - 1  # the whole dialogue, every turn
 
 
 def test_turns_and_nonsense_end_an_episode():
   reward, model = run(ROW | {"max_turns": 3}, "L", "L", "L", "L")
-  assert reward == {"accuracy": 0.0} and len(model.lines) == 1
+  assert reward == (0.0, {"accuracy": 0.0}) and len(model.lines) == 1
   reward, model = run(ROW, "sideways", "R")
-  assert reward == {"accuracy": 0.0} and len(model.lines) == 1
+  assert reward == (0.0, {"accuracy": 0.0}) and len(model.lines) == 1
 
 
 def test_rows_that_are_wrong():
@@ -93,6 +97,7 @@ def test_environments_are_closed_whatever_happens():
   assert env.calls == ["reset", "a", "b", "c", "close"]
   assert (episode.total, episode.turns, episode.done, episode.invalid) == (1.5, 3, True, False)
   assert model.asked[0] == ["be kind", "go"]
+  assert model.rewards == [(1, 0.5), (2, 0.5), (3, 0.5)]  # each to the turn that earned it
   env = Recording(fail_at=1)
   with pytest.raises(OSError, match="broken"):
     asyncio.run(play(Scripted("a"), env, 10))

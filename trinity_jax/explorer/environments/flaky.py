@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import collections
 import dataclasses
 import itertools
 import os
@@ -120,3 +121,43 @@ class AsyncFlaky(Flaky):
 
   async def close(self) -> None:
     pass
+
+
+@dataclasses.dataclass
+class Episodes:
+  """A workflow of flaky episodes in processes of their own, whose attempts have fates of their own.
+
+  Attributes:
+    rates, turns, seconds: see Flaky.
+    attempts: of each episode (its task's index) so far.
+  """
+
+  rates: Rates
+  turns: int = 4
+  seconds: float = 0.0
+  attempts: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+
+  async def __call__(self, task: Any, model: Any) -> dict[str, float]:
+    from trinity_jax.explorer.workflows.environment import environment
+
+    seed = _seed(task.index, self.attempts[task.index])
+    self.attempts[task.index] += 1
+    args = {
+      "seed": seed, "turns": self.turns, "seconds": self.seconds, "own_process": True,
+      "rates": dataclasses.asdict(self.rates),
+    }  # fmt: skip
+    row = {"environment": f"{__name__}:Flaky", "environment_args": args, "own_process": True}
+    return await environment(dataclasses.replace(task, raw=row), model)
+
+  def fates(self, episode: int, attempts: int) -> list[str]:
+    """What becomes of an episode that may be tried so often: a fate an attempt, until one ends."""
+    out = []
+    for attempt in range(attempts):
+      out.append(Fate(_seed(episode, attempt), self.rates, self.turns).name)
+      if out[-1] in ("", "slow"):
+        break
+    return out
+
+
+def _seed(episode: int, attempt: int) -> int:
+  return episode * 100 + attempt

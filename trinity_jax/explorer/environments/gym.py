@@ -104,9 +104,9 @@ class GymEnvironment:
     except (gymnasium.error.Error, TypeError) as e:
       raise UserError(f"environment {name!r} with environment_args {args!r}: {e}") from e
 
-  def reset(self) -> str:
-    """Starts the episode."""
-    observation, _ = self._env.reset(seed=self._seed)
+  def reset(self, seed: int | None = None) -> str:
+    """Starts the episode, of another seed if one is given."""
+    observation, _ = self._env.reset(seed=self._seed if seed is None else seed)
     return self.text.show(self._env.unwrapped, observation, True)
 
   def step(self, action: str, /) -> Step:

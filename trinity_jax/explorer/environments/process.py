@@ -27,6 +27,7 @@ from trinity_jax.explorer.threads import in_thread
 _WORKER = Path(__file__).with_name("process_worker.py")
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME", "TMPDIR", "LANG")
 _LONGEST = 1 << 24  # bytes of a reply
+_STARTING = 120.0  # seconds for a process to be there, its module's import included
 _CLOSING = 10.0  # seconds in which a template ends the processes that it has forked
 
 
@@ -239,13 +240,13 @@ class Processes:
     worker = template.fork(module, self.memory_mb)
     self.started += 1
     try:
-      await worker.ask({}, self.deadline)
+      await worker.ask({}, _STARTING)
     except EnvironmentHung:  # importing the module, which holds up every other fork as well
       worker.kill()
       if self._templates.get(module) is template:
         del self._templates[module]
         await in_thread(template.abort)
-      raise EnvironmentHung(f"{module} was not imported within {self.deadline:g} s") from None
+      raise EnvironmentHung(f"{module} was not imported within {_STARTING:g} s") from None
     except BaseException:
       worker.kill()
       raise

@@ -13,10 +13,12 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from trinity_jax import plugins
 from trinity_jax.errors import UserError
 
 _WORD = re.compile(r"\w+")
@@ -79,14 +81,19 @@ def words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def load(path: str) -> Index:
-  """Reads a corpus: JSONL, a "text" and perhaps a "title" a row.
+  """Reads a corpus: JSONL, a "text" and perhaps a "title" a row, or 'module:function' that returns
+  such rows.
 
   Raises:
     UserError: names file, line and field.
   """
-  from trinity_jax.tasks.formats import read_rows
+  from trinity_jax.tasks.formats import Row, read_rows
 
-  rows = read_rows(path)
+  if ":" in path and not Path(path).exists():
+    made = plugins.load(path, "corpus")()
+    rows = [Row(f"{path} row {i}", dict(row)) for i, row in enumerate(made)]
+  else:
+    rows = read_rows(path)
   for row in rows:
     for key in ("text", "title"):
       if not isinstance(row.data.get(key, "" if key == "title" else None), str):

@@ -153,7 +153,8 @@ def make(name: str, row: Mapping[str, Any]) -> Tool:
 
   Args:
     name: calculator, python or search.
-    row: may hold "sandbox" (fields of Limits, "isolation", "at_once") and "corpus" (a JSONL file).
+    row: may hold "sandbox" (fields of Limits, "isolation", "at_once") and "corpus" (a JSONL file or
+      'module:function'; see retrieval.load).
 
   Raises:
     UserError: no such tool, or its configuration is wrong.

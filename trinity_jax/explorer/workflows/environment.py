@@ -8,14 +8,15 @@ from trinity_jax import plugins
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
 from trinity_jax.explorer.environments.environment import Environment
+from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.workflow import Model
-from trinity_jax.explorer.workflows.multi_turn import play
+from trinity_jax.explorer.workflows.multi_turn import episode_score, play
 
 MAX_TURNS = 32
 
 
-async def environment(task: Task, model: Model) -> dict[str, float]:
-  """Plays one episode and returns {"return": sum of its rewards}.
+async def environment(task: Task, model: Model) -> Score:
+  """Plays one episode; the sum of its rewards, component "return", is the run's.
 
   The row: "environment" ('module:function' that makes an Environment), and if it likes
   "environment_args" (its keyword arguments), "own_process" (false; true: it lives in a process
@@ -45,4 +46,4 @@ async def environment(task: Task, model: Model) -> dict[str, float]:
     made = model.processes.environment(name, args)
   first = task.messages[0] if task.messages else {"role": ""}
   system = first["content"] if first["role"] == "system" else ""
-  return {"return": (await play(model, made, turns, system=system)).total}
+  return episode_score("return", await play(model, made, turns, system=system))

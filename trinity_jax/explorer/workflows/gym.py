@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
 from trinity_jax.explorer.environments.gym import GymEnvironment
+from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.workflow import Model
-from trinity_jax.explorer.workflows.multi_turn import play
+from trinity_jax.explorer.workflows.multi_turn import episode_score, play
 
 MAX_TURNS = 32
 
 
-async def gym(task: Task, model: Model) -> dict[str, float]:
-  """Plays the episode of a row and returns the sum of its rewards.
+async def gym(task: Task, model: Model) -> Score:
+  """Plays the episode of a row; the sum of its rewards is the run's.
 
   The row: "environment" (gymnasium's id), and if it likes "environment_args" (keyword arguments of
   gymnasium.make), "environment_text" ('module:name' of how it speaks), "seed" (default: the row's
@@ -39,4 +40,4 @@ async def gym(task: Task, model: Model) -> dict[str, float]:
   first = task.messages[0] if task.messages else {"role": ""}
   system = first["content"] if first["role"] == "system" else ""
   episode = await play(model, environment, turns, system=system)
-  return {environment.text.component: episode.total}
+  return episode_score(environment.text.component, episode)

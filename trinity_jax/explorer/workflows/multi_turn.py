@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 
 from trinity_jax.explorer.environments.environment import Environment, Step, call, checked
+from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.workflow import Model
 
 CLOSING = 10.0  # seconds that an environment may take to close
@@ -33,7 +34,9 @@ async def play(
 ) -> Episode:
   """Plays one episode and closes the environment.
 
-  Observations are user messages: tokens that the policy did not write are never in the loss.
+  Observations are user messages: tokens that the policy did not write are never in the loss. Each
+  step's reward goes to the turn that earned it (`model.reward`), so that algorithms that read
+  token_rewards see it there; the run's reward is their sum, without what a workflow returns beside.
 
   Args:
     model: the run's handle.
@@ -52,11 +55,19 @@ async def play(
     while turns < max_turns and not step.done:
       action = await model.chat(messages)
       step = checked(await call(environment, "step", action))
+      if step.reward:
+        model.reward(step.reward)
       total, turns = total + step.reward, turns + 1
       messages = [*model.messages, {"role": "user", "content": step.observation}]
   finally:
     await _close(environment)
   return Episode(total, turns, step.done, step.invalid)
+
+
+def episode_score(component: str, episode: Episode) -> Score:
+  """What a workflow returns after `play`: nothing more, as its turns have their rewards, but the
+  sum's name."""
+  return Score(0.0, {component: episode.total})
 
 
 async def _close(environment: Environment) -> None:
