@@ -124,6 +124,7 @@ def make_buffer(config: Config, schedule: Schedule, directory: Path, start: int)
     seed=config.seed,
     first_batch=start + 1,
     keep=b.keep,
+    min_runs=e.min_runs,
   )
 
 

@@ -47,6 +47,11 @@ def check_lag(config: Config, algorithm: Algorithm) -> None:
       f"config.trainer.batch_size = {config.trainer.batch_size}: one optimizer step takes one "
       f"explorer step of {per_step} experiences (explorer.batch_size x group_size); use 0"
     )
+  if config.explorer.min_runs > config.explorer.group_size:
+    raise UserError(
+      f"config.explorer.min_runs = {config.explorer.min_runs}: a group has explorer.group_size = "
+      f"{config.explorer.group_size} runs; use at most that"
+    )
   if algorithm.needs_group and config.explorer.group_size == 1:
     raise UserError(
       f"config.explorer.group_size = 1: algorithm {algorithm.name!r} compares the runs of a task; "

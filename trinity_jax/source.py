@@ -166,6 +166,7 @@ class Rollouts(Source):
     if self.engine is not None and self.explorer is not None:
       out["queue/regenerated"] = self.explorer.regenerated["same"]
       out["queue/regenerated_otherwise"] = self.explorer.regenerated["different"]
+      out["queue/short_groups"] = self.explorer.short_groups
       if (lag := self.explorer.loop_lag.take()) is not None:
         out["event_loop_lag/p99"] = lag
       now = self.engine.stats

@@ -65,7 +65,7 @@ class Rig:
     self.buffer = ReplayBuffer(
       store, capacity=capacity, order="id" if config.explorer.deterministic else "ready",
       tasks_per_step=tasks_per_batch(config), max_staleness=self.schedule.max_lag,
-      first_batch=start + 1,
+      first_batch=start + 1, min_runs=config.explorer.min_runs,
     )  # fmt: skip
     self.evals: list[tuple[int, dict, list]] = []
     self.explorer = Explorer(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from trinity_jax.buffer.bell import ThreadBell
-from trinity_jax.buffer.staleness import newest_version, policy_version
+from trinity_jax.buffer.staleness import SHORT, newest_version, policy_version
 from trinity_jax.experience import Experience, ExperienceId
 
 Key = tuple[int, int]  # (explorer step, task)
@@ -69,7 +69,7 @@ class Group(NamedTuple):
   digest: bytes  # of what is compared when a group comes twice
   pending: int  # rewards that have not come
   version: int  # newest policy version of its action tokens, -1 without any
-  newest: int  # the same for staleness: NEVER where it cannot become stale
+  newest: int  # the same for staleness: NEVER where it cannot become stale, SHORT where it is
 
   @property
   def status(self) -> Status:
@@ -129,8 +129,16 @@ def awaits_reward(experience: Experience) -> bool:
   return experience.reward is None and bool(experience.info.get("awaits_reward"))
 
 
-def describe_group(experiences: Sequence[Experience]) -> Group:
+def good_runs(experiences: Sequence[Experience]) -> int:
+  """Runs that did not fail, however many experiences each has."""
+  return len({e.id.run for e in experiences if not e.stop_reason.failed})
+
+
+def describe_group(experiences: Sequence[Experience], min_runs: int = 0) -> Group:
   """A group as stores take it, its experiences in id order.
+
+  Args:
+    min_runs: with fewer good runs it waits for nothing and is dropped when its turn comes.
 
   Raises:
     ValueError: it is empty, or its experiences are not of one group or not distinct.
@@ -141,13 +149,14 @@ def describe_group(experiences: Sequence[Experience]) -> Group:
   ids = [e.id for e in found]
   if len({i.group for i in ids}) != 1 or len(set(ids)) != len(ids):
     raise ValueError(f"not one group of distinct experiences: {', '.join(map(str, ids))}")
+  short = good_runs(found) < min_runs
   return Group(
     (int(ids[0].batch), int(ids[0].task)),
     found,
     digest(found),
-    sum(map(awaits_reward, found)),
+    0 if short else sum(map(awaits_reward, found)),
     policy_version(found),
-    newest_version(found),
+    SHORT if short else newest_version(found),
   )
 
 

@@ -49,6 +49,7 @@ class ReplayBuffer:
     seed, priority_args: of the priority.
     first_batch: explorer step that comes first where the store is empty.
     keep: never delete what has been used, so that the run can be replayed from its store.
+    min_runs: groups with fewer runs that did not fail are dropped; needs a max_staleness.
 
   Raises:
     UserError: arguments that contradict one another.
@@ -70,6 +71,7 @@ class ReplayBuffer:
     priority_args: Mapping[str, Any] | None = None,
     first_batch: int = 1,
     keep: bool = False,
+    min_runs: int = 0,
   ):
     if order not in ORDERS:
       raise UserError(f"replay order {order!r}: expected one of {', '.join(ORDERS)}")
@@ -86,7 +88,11 @@ class ReplayBuffer:
                                ("tasks_per_step", tasks_per_step, 1)):  # fmt: skip
       if value < least:
         raise UserError(f"replay {name} = {value}: expected at least {least}")
-    self.store = store
+    if min_runs and max_staleness is None:
+      raise UserError(
+        f"replay min_runs = {min_runs}: dropping groups needs a max_staleness; give it any"
+      )
+    self.store, self._min_runs = store, min_runs
     if bell is not None:
       store.bell = bell
     self.bell = store.bell
@@ -119,7 +125,7 @@ class ReplayBuffer:
     Raises:
       RunFailed: the buffer was closed, or the store failed.
     """
-    put = self._writer.submit(describe_group(group))
+    put = self._writer.submit(describe_group(group, self._min_runs))
     try:
       return await asyncio.wrap_future(put.done)
     except asyncio.CancelledError:
@@ -267,7 +273,7 @@ class ReplayBuffer:
 
   @property
   def dropped(self) -> int:
-    """Groups dropped as stale: the schedule does not count them."""
+    """Groups dropped as stale or short: the schedule does not count them."""
     return self.store.stats().dropped
 
   def stats(self) -> dict[str, int]:

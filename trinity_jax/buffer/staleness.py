@@ -13,6 +13,7 @@ import numpy as np
 from trinity_jax.experience import Experience, Source
 
 NEVER = 2**31 - 1  # a version that no bound reaches
+SHORT = -(2**31)  # below every bound: of a group that is dropped when its turn comes
 
 
 def policy_version(group: Sequence[Experience]) -> int:

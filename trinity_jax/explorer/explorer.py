@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Coroutine, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from trinity_jax.buffer.bell import ThreadBell
-from trinity_jax.buffer.record import Claim
+from trinity_jax.buffer.record import Claim, good_runs
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.config import Config
 from trinity_jax.errors import RunFailed
@@ -99,6 +99,8 @@ class Explorer:
     self._dropped = 0  # groups, when that was last asked for
     self._failure: BaseException | None = None
     self._changed = asyncio.Event()
+    self._short = 0  # groups in a row
+    self.short_groups = 0  # with fewer good runs than explorer.min_runs
     self.regenerated = {"same": 0, "different": 0}  # groups that were stored before a restart
     self.loop_lag = LoopLag()
 
@@ -302,6 +304,26 @@ class Explorer:
     found = await self._buffer.put(group)
     if found in self.regenerated:
       self.regenerated[found] += 1
+    self._count_short(group)
+
+  def _count_short(self, group: Sequence[Experience]) -> None:
+    """Others take the place of short groups; that has to end where there are only such.
+
+    Raises:
+      RunFailed: no group of explorer.max_failed_steps steps had enough good runs.
+    """
+    c = self.config.explorer
+    if good_runs(group) >= c.min_runs:
+      self._short = 0
+      return
+    self.short_groups += 1
+    self._short += 1
+    if self._short >= c.max_failed_steps * self.tasks_per_batch:
+      why = next((e.info["error"] for e in group if "error" in e.info), "no error was recorded")
+      raise RunFailed(
+        f"{self._short} groups in a row had fewer than {c.min_runs} good runs (explorer.min_runs); "
+        f"the last of them: {why}"
+      )
 
   def _ended(self, task: asyncio.Task) -> None:
     """The first error ends the explorer; those that it causes are not news."""
