@@ -16,7 +16,6 @@ from trinity_jax.explorer.workflow import find_workflow
 from trinity_jax.models.tokenizer import Tokenizer, write_byte_tokenizer
 from trinity_jax.tasks import blackjack, facts, products, walk
 
-
 TRUTHS = {f"{d['title']}?": d["text"] for d in facts.corpus()} | {
   f"{a}*{b}": str(a * b) for a in range(10, 100) for b in range(10, 100)
 }

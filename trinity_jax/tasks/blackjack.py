@@ -26,7 +26,7 @@ def _show(env: Any, observation: Any, first: bool) -> str:
 
 def text() -> Text:
   """How the game speaks."""
-  return Text(_ACTIONS, _show)
+  return Text(_ACTIONS, _show, invalid=-1.0)
 
 
 def generate(

@@ -2,7 +2,7 @@
 
 The agent is shown where it is and where the goal is ("3>7") and writes + or -. Each step is worth
 0.1 where it comes nearer and -0.1 where it does not, and arriving 1 more, so what a turn was worth
-is known at once. Demonstrations step at random.
+is known at once. Anything else costs 1 and ends the walk. Demonstrations step at random.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Walk:
   def step(self, action: str, /) -> Step:
     move = _MOVES.get(action.strip())
     if move is None:
-      return Step(f"no action {action[:20]!r}", done=True, invalid=True)
+      return Step(f"no action {action[:20]!r}", -1.0, done=True, invalid=True)
     nearer = (self._goal > self._at) == (move > 0)
     self._at = min(max(self._at + move, 0), LENGTH - 1)
     there = self._at == self._goal

@@ -56,6 +56,18 @@ def test_holes_walls_and_words_that_are_no_action():
     assert step.done and step.invalid and step.reward == 0
 
 
+def test_nonsense_is_never_the_best_thing_to_say():
+  """An agent once learned to end every blackjack game with nonsense, worth 0, and never lost."""
+  taxi = max(name for name in gymnasium.registry if name.startswith("Taxi-"))
+  for name, worst in (("Blackjack-v1", -1.0), (taxi, -200.0), ("FrozenLake-v1", 0.0)):
+    env = GymEnvironment(name)
+    env.reset()
+    assert env.step("SS").reward == worst
+  env = GymEnvironment("Blackjack-v1", text="trinity_jax.tasks.blackjack:text")
+  env.reset()
+  assert env.step("SS").reward == -1.0
+
+
 def test_blackjack_and_taxi():
   env = GymEnvironment("Blackjack-v1", seed=3)
   first = env.reset()

@@ -24,12 +24,15 @@ class Text:
     actions: what the agent writes -> gymnasium's action.
     show: (unwrapped environment, observation, first turn?) -> text.
     component: the reward component's name; "accuracy" where the return is 1 for success, else 0.
+    invalid: reward of text that is no action. It ends the episode, so where rewards can be negative
+      it must cost as much as the worst, or nonsense is the best that an agent can say.
     quick: its steps take microseconds, so they need no thread.
   """
 
   actions: Mapping[str, Any]
   show: Callable[[Any, Any, bool], str]
   component: str = "return"
+  invalid: float = 0.0
   quick: bool = True
 
 
@@ -60,12 +63,12 @@ def _taxi(env: Any, observation: Any, first: bool) -> str:
   )
 
 
-_TAXI = Text({name: i for i, name in enumerate(_TAXI_MOVES)}, _taxi)
+_TAXI = Text({name: i for i, name in enumerate(_TAXI_MOVES)}, _taxi, invalid=-200.0)
 TEXTS = {
   "FrozenLake-v1": Text(
     {name: i for i, name in enumerate(frozen_lake.ACTIONS)}, _frozen_lake, "accuracy"
   ),
-  "Blackjack-v1": Text({"stick": 0, "hit": 1}, _blackjack),
+  "Blackjack-v1": Text({"stick": 0, "hit": 1}, _blackjack, invalid=-1.0),
   "Taxi-v3": _TAXI,
   "Taxi-v4": _TAXI,
 }
@@ -113,7 +116,7 @@ class GymEnvironment:
     """Does the action that the agent wrote, blanks around it aside."""
     chosen = self.text.actions.get(action.strip())
     if chosen is None:
-      return Step(f"no action {action[:20]!r}", done=True, invalid=True)
+      return Step(f"no action {action[:20]!r}", self.text.invalid, done=True, invalid=True)
     observation, reward, ended, cut, _ = self._env.step(chosen)
     shown = self.text.show(self._env.unwrapped, observation, False)
     return Step(shown, float(reward), bool(ended or cut))
