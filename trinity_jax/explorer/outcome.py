@@ -85,8 +85,10 @@ def read_reward(reward: Any) -> Score | None:
   Raises:
     ValueError: anything else, or a number that is not finite.
   """
-  if reward is None or isinstance(reward, Score):
+  if reward is None or (isinstance(reward, Score) and math.isfinite(reward.total)):
     return reward
+  if isinstance(reward, Score):
+    raise ValueError(f"the workflow returned {reward}; expected a finite number")
   returned: Mapping[str, Any] = reward if isinstance(reward, Mapping) else {"reward": reward}
   parts: dict[str, float] = {}
   for name, value in returned.items():
