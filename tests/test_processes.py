@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
 
 from trinity_jax.monitor.writers import read_jsonl
@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("killed", ["", "one"])
 def test_two_explorers_learn_as_well(tmp_path, killed):
   workdir, log = tmp_path / "run", tmp_path / "log"
-  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
 
   def start(*flags):
     command = [
@@ -30,7 +29,7 @@ def test_two_explorers_learn_as_well(tmp_path, killed):
     ]  # fmt: skip
     with log.open("ab") as out:
       return subprocess.Popen(
-        command, cwd=ROOT, env=env | {"JAX_PLATFORMS": "cpu"}, stdout=out, stderr=out
+        command, cwd=ROOT, env=launching.environment(), stdout=out, stderr=out
       )
 
   names = ("one", "two")

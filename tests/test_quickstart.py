@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import numpy as np
 import pytest
 
@@ -21,12 +21,10 @@ pytestmark = pytest.mark.slow
 
 def launch(workdir, *overrides, timeout=1800):
   """Runs launch/main.py on one CPU device, as `make quickstart` does."""
-  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
   command = [sys.executable, "launch/main.py", "--config=configs/quickstart.py",
              f"--workdir={workdir}", *overrides]  # fmt: skip
   done = subprocess.run(
-    command, cwd=ROOT, env=env | {"JAX_PLATFORMS": "cpu"}, timeout=timeout, capture_output=True,
-    text=True,
+    command, cwd=ROOT, env=launching.environment(), timeout=timeout, capture_output=True, text=True
   )  # fmt: skip
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   return json.loads((workdir / "summary.json").read_text())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 
 from trinity_jax.monitor.writers import read_jsonl
@@ -17,12 +17,10 @@ pytestmark = pytest.mark.slow
 
 
 def launch(config: str, workdir: Path, *flags: str) -> dict:
-  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
   command = [sys.executable, "launch/main.py", f"--config=configs/{config}",
              f"--workdir={workdir}", "--config.monitor.tensorboard=False", *flags]  # fmt: skip
   done = subprocess.run(
-    command, cwd=ROOT, env=env | {"JAX_PLATFORMS": "cpu"}, timeout=1800, capture_output=True,
-    text=True,
+    command, cwd=ROOT, env=launching.environment(), timeout=1800, capture_output=True, text=True
   )  # fmt: skip
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   return json.loads((workdir / "summary.json").read_text())

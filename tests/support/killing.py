@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import launching
 
 from trinity_jax.buffer.record import Store
 from trinity_jax.buffer.store import open_store
@@ -130,8 +131,7 @@ class Run:
     self.workdir, self._log = folder / "run", folder / "log"
     (folder / "short.py").write_text(FAULTS + config)
     (folder / "tests_reward.py").write_text(REWARD)
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    self._env = env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(folder)}
+    self._env = launching.environment(PYTHONPATH=str(folder))
     self._command = [sys.executable, "launch/main.py", f"--config={folder / 'short.py'}",
                      f"--workdir={self.workdir}"]  # fmt: skip
 

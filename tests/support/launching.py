@@ -6,10 +6,13 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
+# What one process has compiled the others of a session read: most of a short run's time.
+_COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
 
 RECIPE = """
 from trinity_jax.config import base_config
@@ -39,6 +42,17 @@ def get_config():
 """
 
 
+def environment(**more: str) -> dict[str, str]:
+  """For processes of their own, on one CPU device whatever this one has."""
+  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
+  return {**env, **cache, "JAX_PLATFORMS": "cpu", **more}
+
+
 def write_recipe(path: Path, model: Path | str) -> Path:
   """Writes a config file for a run that takes seconds."""
   path.write_text(RECIPE.format(model=str(model)))
@@ -59,5 +73,5 @@ def spawn(*args: str, code: str | None = None, **env: str) -> subprocess.Complet
   script = ["-c", code] if code is not None else [str(ROOT / "launch" / "main.py")]
   return subprocess.run(
     [sys.executable, *script, *args], capture_output=True, text=True, timeout=300, cwd=ROOT,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
+    env=environment(**env),
   )  # fmt: skip
