@@ -140,6 +140,25 @@ def test_shuffled_rewards():
   assert rewards(shuffled_rewards(experiences, 2, 2)) != rewards(out)
 
 
+def test_shuffled_rewards_are_those_of_runs():
+  """All logs of a run get the reward that another run's last log had, and nothing else tells."""
+
+  def log(run, step):
+    e = _experience(0, 10.0 * run + step)
+    return dataclasses.replace(
+      e, id=ExperienceId(1, 0, run, step), info={"step_reward": 1},
+      token_rewards=np.ones(len(e.tokens)),
+    )  # fmt: skip
+
+  experiences = [log(run, step) for run in range(6) for step in range(2)]
+  out = shuffled_rewards(experiences, seed=1, step=2)
+  assert [e.id for e in out] == [e.id for e in experiences]
+  assert [e.reward for e in out[::2]] == [e.reward for e in out[1::2]]
+  assert sorted(e.reward for e in out[::2]) == [10.0 * run + 1 for run in range(6)]
+  assert [e.reward for e in out[1::2]] != [e.reward for e in experiences[1::2]]
+  assert all(e.token_rewards is None and not e.info for e in out)
+
+
 def test_rows_must_divide_over_devices(finished):
   from trinity_jax.models.sharding import make_mesh
 
@@ -147,6 +166,14 @@ def test_rows_must_divide_over_devices(finished):
   check_rows(small_config(trainer__rows_per_micro=16), mesh)
   with pytest.raises(UserError, match=r"rows_per_micro = 12: .* 8 devices .*; use 16"):
     check_rows(small_config(trainer__rows_per_micro=12), mesh)
+
+
+def test_a_group_cannot_need_more_runs_than_it_has():
+  from trinity_jax.algorithms.algorithm import make
+
+  c = small_config(explorer__min_runs=9)
+  with pytest.raises(UserError, match=r"explorer\.min_runs = 9: .* explorer\.group_size = 8 runs"):
+    check_lag(c, make("grpo"))
 
 
 def test_lag_needs_a_ratio():

@@ -35,7 +35,8 @@ MOST_TEXT = 4000  # characters of one prompt or response
 def debug(
   config: Any, workdir: str | Path, task: int = 0, *, report: Callable[[str], None] = print
 ) -> Experience:
-  """Runs task number `task` of the training taskset once; returns what became of it.
+  """Runs task number `task` of the training taskset once; returns what became of it, its last
+  token log where the run has several (explorer.max_logs says how many at most).
 
   The policy is the newest one that WORKDIR holds in Hugging Face form, else the one that the run
   would start from.
@@ -60,9 +61,12 @@ def debug(
   report(f"model: {model_path}\nworkflow: {stage.taskset.workflow}  reward: {stage.taskset.reward}")
   report(describe_task(chosen))
   with sampling(stage, model_path) as engine:
-    experience = asyncio.run(_run(engine, stage, tokenizer, chosen))
-  report(describe_run(experience, tokenizer))
-  return experience
+    logs = asyncio.run(_run(engine, stage, tokenizer, chosen))
+  for i, experience in enumerate(logs):
+    if len(logs) > 1:
+      report(f"--- token log {i + 1} of {len(logs)}")
+    report(describe_run(experience, tokenizer))
+  return logs[-1]
 
 
 async def _run(engine: RolloutEngine, stage: Config, tokenizer: Tokenizer, task: Task):
@@ -80,7 +84,7 @@ async def _run(engine: RolloutEngine, stage: Config, tokenizer: Tokenizer, task:
   ids = group_ids(1, [0], 1)
   groups.announce(TRAIN_STREAM, ids)
   async with contextlib.aclosing(groups):
-    return (await groups.run(runner, task, ids[0]))[0]
+    return await groups.run(runner, task, ids[0])
 
 
 def describe_task(task: Task) -> str:

@@ -410,12 +410,20 @@ class Stage:
 
 
 def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) -> list[Experience]:
-  """The control experiment: the step's rewards, dealt out at random to its graded runs."""
-  out = list(experiences)
-  graded = [i for i, e in enumerate(out) if e.reward is not None]
-  for i, j in zip(graded, np.random.default_rng((seed, step)).permutation(graded)):
-    out[i] = dataclasses.replace(experiences[i], reward=experiences[j].reward)
-  return out
+  """The control experiment: the step's rewards, dealt out at random to its graded runs.
+
+  All token logs of a run get the one that its last had; rewards of tokens and turns are left out.
+  """
+  rewards = {e.id[:3]: e.reward for e in experiences if e.reward is not None}  # the last one's
+  runs = list(rewards)
+  dealt = np.random.default_rng((seed, step)).permutation(len(runs))
+  to = {run: rewards[runs[j]] for run, j in zip(runs, dealt)}
+  return [_rewarded(e, to[e.id[:3]]) if e.reward is not None else e for e in experiences]
+
+
+def _rewarded(e: Experience, reward: float) -> Experience:
+  info = {k: v for k, v in e.info.items() if k != "step_reward"}
+  return dataclasses.replace(e, reward=reward, token_rewards=None, info=info)
 
 
 def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:

@@ -168,7 +168,7 @@ def test_logprob_limit(tools, trainer, monkeypatch):
 
 def test_a_step_that_does_not_fit(tools, trainer):
   before = trainer.step_number
-  with pytest.raises(UserError, match=r"13 experiences.*trainer\.batch_size allows 12"):
+  with pytest.raises(UserError, match=r"13 experiences.*room for 12"):
     trainer.step([*tools.make_experiences(), tools.make_experiences()[0]])
   long = tools.make_experience(np.random.default_rng(0), 41, 2)
   with pytest.raises(UserError, match=r"41 tokens does not fit trainer\.row_lengths"):
