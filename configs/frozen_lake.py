@@ -5,8 +5,9 @@ python launch/main.py --config=configs/frozen_lake.py --workdir=runs/frozen_lake
 Generated 4x4 maps that can be solved, not slippery, 100 of them held out; one action per turn, at
 most 8. The demonstrations of the SFT stage ignore the holes 6 times out of 10, so that a greedy
 policy learns to do so and reaches the goal where the straight way happens to be free. GRPO sees
-only whether the goal was reached. Held-out success seen so far, in one run with interruptions: 0.26
-after SFT, 0.85 after 10 steps of GRPO; random actions have 0.0065.
+only whether the goal was reached. Held-out success seen so far, in one run with interruptions and
+with 400 and 40 steps: 0.26 after SFT (as after 40 of its steps already), 0.85 after 10 steps of
+GRPO; random actions have 0.0065.
 """
 
 from trinity_jax.config import base_config
@@ -36,7 +37,7 @@ def get_config():
       "algorithm.name": "sft",
       "taskset.generate_args": dict(split="sft", wrong_fraction=0.6),
       "taskset.messages_key": "messages",
-      "trainer": dict(total_steps=400, batch_size=96, rows_per_micro=48, save_interval=50),
+      "trainer": dict(total_steps=300, batch_size=96, rows_per_micro=48, save_interval=50),
       "optimizer": dict(
         learning_rate=2e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
       ),
@@ -47,7 +48,7 @@ def get_config():
       "algorithm": dict(name="grpo", kl_coef=0.02),
       "taskset.generate_args": dict(split="rl"),
       "explorer": dict(batch_size=64, group_size=8),
-      "trainer": dict(total_steps=40, rows_per_micro=48, save_interval=10),
+      "trainer": dict(total_steps=30, rows_per_micro=48, save_interval=10),
       "optimizer": dict(
         learning_rate=4e-4, schedule="linear", warmup_steps=5, min_ratio=0.1, beta2=0.98
       ),
