@@ -168,7 +168,7 @@ def test_a_header_begins_a_session_feedback_rewards_it_and_commit_hands_it_on(cl
   lost = client.post("/commit", json={"session": "alice", "reward": -1})
   assert "disk full" not in error_of(lost, 500)["message"]  # and the session is still there
   done = client.post("/commit", json={"session": "alice", "reward": 0.5})
-  assert done.json() == {"object": "commit", "turns": 2}
+  assert done.json() == {"object": "commit", "turns": 2, "dropped_logs": 0}
   ((name, (e,)),) = up[2]
   assert name == "alice" and e.reward == 0.5 and e.info == {"session": "alice"}
   assert e.metrics["num_turns"] == 2 and 2 <= e.num_actions <= 4

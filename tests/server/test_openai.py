@@ -12,7 +12,9 @@ import pytest
 
 from trinity_jax.experience import ExperienceId
 from trinity_jax.explorer.rewards import Score
+from trinity_jax.explorer.replies import Reply, sample
 from trinity_jax.explorer.workflow import Model, SamplingParams
+from trinity_jax.server import backend
 
 NONE = Score(0.0, {})
 HELLO = [{"role": "user", "content": "hello"}]
@@ -174,6 +176,60 @@ def test_tools_are_offered_and_calls_parsed_recorded_and_continued(served, up, m
   (e,) = model.experiences(NONE, {})
   assert model.forks == 0 and e.metrics["num_turns"] == 3
   assert e.info["tool_errors"] == ["ValueError: <tool_call> without </tool_call>"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_reasoning_comes_beside_the_answer(client, monkeypatch, stream):
+  """The tiny policy does not think: its text is replaced where it is read."""
+  said = "<think>\nhm, 1 < 2\n</think>\n\nyes"
+
+  async def thinks(member, request, tokenizer, *, stop, on_text):
+    reply = await sample(member, request, tokenizer)
+    for i in range(0, len(said), 3):
+      if on_text:
+        on_text(said[i : i + 3])
+    return Reply(reply.completion, said)
+
+  monkeypatch.setattr(backend, "sample", thinks)
+  ask = {"model": "m", "messages": HELLO, "max_tokens": 2}
+  if stream:
+    got = {"reasoning_content": "", "content": ""}
+    for chunk in client.chat.completions.create(**ask, stream=True):
+      delta = chunk.choices[0].delta.model_dump(exclude_none=True)
+      for key in got:
+        got[key] += delta.get(key, "")
+  else:
+    got = client.chat.completions.create(**ask).choices[0].message.model_dump()
+  assert (got["reasoning_content"], got["content"]) == ("hm, 1 < 2", "yes")
+  text = client.completions.create(model="m", prompt="a", max_tokens=2).choices[0].text
+  assert text == said  # a completion is text
+
+
+def test_reasoning_that_clients_send_back_or_drop_continues_the_log(served, up, monkeypatch):
+  sampler, server = up
+  model = served.model(sampler, server)
+  turn = model._turn
+
+  async def fixed(*args, **kwargs):
+    reply = await turn(*args, **kwargs)
+    return Reply(reply.completion, f"<think>\nso\n</think>\n\nanswer {model.turns}")
+
+  monkeypatch.setattr(model, "_turn", fixed)
+
+  async def talk():
+    messages = list(HELLO)
+    async with model.openai(max_retries=0) as client:
+      for i in range(4):
+        a = await client.chat.completions.create(model="m", messages=messages, max_tokens=3)
+        message = a.choices[0].message
+        assert message.content == f"answer {i + 1}"
+        assert message.model_dump()["reasoning_content"] == "so"
+        plain = {"role": "assistant", "content": message.content}
+        whole = {"role": "assistant", "content": f"<think>\nso\n</think>\n\n{message.content}"}
+        messages += [(message, plain, whole)[i % 3], {"role": "user", "content": "and"}]
+
+  served.run(sampler, talk)
+  assert model.turns == 4 and model.forks == 0 and len(model.dialogues) == 1
 
 
 def test_what_rewrites_history_forks(served, up):

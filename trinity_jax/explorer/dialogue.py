@@ -18,7 +18,7 @@ import numpy as np
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, ExperienceId, StopReason
 from trinity_jax.explorer.rewards import Score
-from trinity_jax.explorer.tool_calls import canonical, for_template
+from trinity_jax.explorer.tool_calls import canonical, for_template, reasoning_of
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.request import Completion
 
@@ -59,7 +59,7 @@ class Dialogue:
     self.busy = False
     self.stop_reason = StopReason.RUNNING
     self._tokenizer = tokenizer
-    self._known: list[str] = []  # canonical forms of the messages
+    self._known: list[tuple[str, str]] = []  # what the messages say, and their reasoning
     self._tools = ""
     self._bare = False
     self._parts: list[tuple[np.ndarray, ...]] = []
@@ -75,12 +75,15 @@ class Dialogue:
     return self._bare
 
   def extended_by(self, messages: Messages, tools: Tools) -> int:
-    """How many of the turns `messages` keep as they were, 0 for another dialogue."""
+    """How many of the turns `messages` keep as they were, 0 for another dialogue.
+
+    Clients may leave the reasoning of earlier replies out, but not change it.
+    """
     if self._bare or not self.turns or _tools(tools) != self._tools:
       return 0
     same = 0
-    for ours, theirs in zip(self._known, messages):
-      if ours != canonical(theirs):
+    for (said, thought), theirs in zip(self._known, messages):
+      if said != canonical(theirs) or reasoning_of(theirs) not in ("", thought):
         break
       same += 1
     return sum(turn.messages <= same for turn in self.turns)
@@ -106,6 +109,9 @@ class Dialogue:
     mark, whole = "reply-mark", json.dumps(for_us, default=str)
     while mark in whole:
       mark += "k"
+    for turn in self.turns:  # what was said before the mark does not matter, only that it renders
+      if calls := for_us[turn.messages - 1].get("tool_calls"):
+        for_us[turn.messages - 1]["tool_calls"] = calls[:1]  # Llama's template allows no more
     last = self.turns[-1].messages - 1
     for_us[last] = {"role": "assistant", "content": mark}
     text = self._render(for_us, tools)
@@ -150,7 +156,7 @@ class Dialogue:
       self._bare = True
     elif not self._bare:
       self.messages = [dict(m) for m in messages]
-      self._known = [canonical(m) for m in messages]
+      self._known = [(canonical(m), reasoning_of(m)) for m in messages]
       self._tools = _tools(tools)
     self.turns.append(Turn(len(self.tokens), len(self.messages)))
     self.stop_reason = reply.stop_reason

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from trinity_jax.experience import StopReason
+from trinity_jax.explorer import reasoning
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.request import Completion, Request, join
 from trinity_jax.sampler.rollout_engine import Member
@@ -14,10 +15,20 @@ from trinity_jax.sampler.rollout_engine import Member
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """What was sampled, and its text (before the stop string that ended it)."""
+  """What was sampled, and its text (before the stop string that ended it).
+
+  Attributes:
+    thinking: the prompt ends with the tag of reasoning, so that the text begins within it.
+  """
 
   completion: Completion
   text: str
+  thinking: bool = False
+
+  @property
+  def whole(self) -> str:
+    """The text with the tag that the prompt ended with."""
+    return reasoning.OPEN + self.text if self.thinking else self.text
 
 
 class Reader:
@@ -94,9 +105,11 @@ async def sample(
   Raises:
     UserError, RunFailed: see Member.generate.
   """
+  end = tokenizer.decode(request.tokens[-_TAG:].tolist(), skip_special_tokens=False)
+  thinking = reasoning.goes_on(end)
   if not stop and on_text is None:
     completion = await member.generate(request)
-    return Reply(completion, tokenizer.decode(completion.tokens.tolist()))
+    return Reply(completion, tokenizer.decode(completion.tokens.tolist()), thinking)
   reader, parts = Reader(tokenizer, stop), []
   stream = getattr(member, "stream", None)
   if stream is None:
@@ -112,7 +125,10 @@ async def sample(
   reader.finish()
   if on_text and (piece := reader.take()):
     on_text(piece)
-  return Reply(join(parts, parts[-1].stop_reason), reader.text)
+  return Reply(join(parts, parts[-1].stop_reason), reader.text, thinking)
+
+
+_TAG = 12  # tokens, enough for the tag and newlines behind it
 
 
 def _read(reader: Reader, chunk: Completion, stop: Sequence[str]) -> Completion:

@@ -3,7 +3,8 @@
 Two families of templates. Qwen's (the Hermes form): any number of
 `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`. Llama 3.1's: the reply is nothing but
 JSON objects `{"name": ..., "parameters": {...}}`, separated by ";", perhaps after `<|python_tag|>`.
-What is malformed stays text, with the reason.
+What is malformed stays text, with the reason. What a reply thinks before it answers is no part of
+either, see `reasoning`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from trinity_jax.explorer import reasoning
 
 _OPEN, _CLOSE, _PYTHON = "<tool_call>", "</tool_call>", "<|python_tag|>"
 
@@ -25,15 +28,26 @@ class Parsed:
     content: the text beside the calls; the whole text where there are none.
     calls: (name, arguments as a JSON object's text) each.
     error: why a call was not understood, "" otherwise; then content is the whole text.
+    reasoning: what came before the answer, "" otherwise.
   """
 
   content: str
   calls: tuple[tuple[str, str], ...] = ()
   error: str = ""
+  reasoning: str = ""
 
 
 def parse(text: str, tools: Sequence[Mapping[str, Any]]) -> Parsed:
-  """Finds the tool calls of a reply, if any tools were offered."""
+  """Finds reasoning and, if any tools were offered, the tool calls of a reply.
+
+  Args:
+    text: beginning with the tag of reasoning, also where that was the prompt's end.
+  """
+  thought, answer = reasoning.split(text)
+  return dataclasses.replace(_parse(answer, tools), reasoning=thought)
+
+
+def _parse(text: str, tools: Sequence[Mapping[str, Any]]) -> Parsed:
   if not tools:
     return Parsed(text)
   bare = text.strip().removeprefix(_PYTHON).lstrip()
@@ -93,14 +107,17 @@ def _refuse(constant: str) -> None:
 
 
 def message(parsed: Parsed, ids: Sequence[str]) -> dict[str, Any]:
-  """The assistant's message in OpenAI's form."""
+  """The assistant's message in OpenAI's form, with `reasoning_content` where there is some."""
+  out: dict[str, Any] = {"role": "assistant", "content": parsed.content}
+  if parsed.reasoning:
+    out["reasoning_content"] = parsed.reasoning
   if not parsed.calls:
-    return {"role": "assistant", "content": parsed.content}
+    return out
   calls = [
     {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
     for id, (name, arguments) in zip(ids, parsed.calls)
   ]
-  return {"role": "assistant", "content": parsed.content, "tool_calls": calls}
+  return {**out, "tool_calls": calls}
 
 
 def call_id(*parts: int) -> str:
@@ -129,17 +146,29 @@ def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def canonical(message: Mapping[str, Any]) -> str:
-  """Equal for messages that say the same, whatever a client's library added or left out."""
+  """Equal for messages that say the same, whatever a client's library added or left out.
+
+  What an assistant's message says is its answer; see `reasoning_of`.
+  """
+  text = text_of(message.get("content"))
   return json.dumps(
     [
       message.get("role"),
-      text_of(message.get("content")),
+      reasoning.split(text)[1] if message.get("role") == "assistant" else text,
       [[c["function"]["name"], _object(c["function"])] for c in message.get("tool_calls") or ()],
       message.get("tool_call_id"),
       message.get("name"),
     ],
     sort_keys=True,
   )
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+  """The reasoning of an assistant's message, given beside its content or in it; "" without."""
+  if message.get("role") != "assistant":
+    return ""
+  beside = message.get("reasoning_content")
+  return beside if isinstance(beside, str) else reasoning.split(text_of(message.get("content")))[0]
 
 
 def _object(function: Mapping[str, Any]) -> Any:

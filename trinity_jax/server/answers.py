@@ -44,6 +44,10 @@ class Writer:
     """A piece of a choice's text."""
     return self._chunk(index, {"content": piece} if self._chat else piece)
 
+  def reasoning(self, index: int, piece: str) -> dict[str, Any]:
+    """A piece of a chat's reasoning."""
+    return self._chunk(index, {"reasoning_content": piece})
+
   def role(self, index: int) -> dict[str, Any]:
     """The first chunk of a chat's choice."""
     return self._chunk(index, {"role": "assistant", "content": ""})
@@ -51,6 +55,8 @@ class Writer:
   def last(self, index: int, answer: Answer, streamed: bool) -> list[dict[str, Any]]:
     """What ends a choice: its text and calls where they were not streamed, then its reason."""
     out, message = [], answer.message
+    if not streamed and "reasoning_content" in message:
+      out.append(self.reasoning(index, message["reasoning_content"]))
     if not streamed and message["content"]:
       out.append(self.text(index, message["content"]))
     calls = [{"index": i, **call} for i, call in enumerate(message.get("tool_calls", ()))]

@@ -111,7 +111,9 @@ class Plain:
       reply = await sample(member, request, self._tokenizer, stop=ask.stop, on_text=each)
     finally:
       member.leave()
-    parsed = tool_calls.parse(reply.text, ask.tools if ask.parse else ())
+    if ask.messages is None:
+      return Answer({"role": "assistant", "content": reply.text}, prompt, reply.completion)
+    parsed = tool_calls.parse(reply.whole, ask.tools if ask.parse else ())
     if ask.single_call:
       parsed = dataclasses.replace(parsed, calls=parsed.calls[:1])
     ids = [secrets.token_hex(5)[:9] for _ in parsed.calls]
@@ -154,7 +156,8 @@ class Recorded:
     # Nobody else counts a run in that a header began.
     model.sampler.enter()
     try:
-      return await self._session.call(turn)
+      with self._session.in_use():
+        return await self._session.call(turn)
     finally:
       model.sampler.leave()
 

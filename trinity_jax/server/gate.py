@@ -87,6 +87,9 @@ class Gate:
       except ApiError as e:
         if not status:
           await answer(e, scope, receive, sent)
+      except Exception:  # logged where it came from, and answered: the connection may go on
+        if not status:
+          raise
     finally:
       self._counters.open -= 1
       self._counters.count(scope["path"], status, time.monotonic() - started)

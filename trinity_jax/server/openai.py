@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import functools
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience
+from trinity_jax.explorer import reasoning
 from trinity_jax.explorer.answer import Answer
 from trinity_jax.explorer.dialogue import LONG
-from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.threads import in_thread
+from trinity_jax.explorer.workflow import Model
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.server import protocol
@@ -34,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SESSION_HEADER = "x-session-id"
 Commit = Callable[[str, Sequence[Experience]], None]
+LateReward = Callable[[str, float], bool]
 
 
 class Api:
@@ -43,6 +49,9 @@ class Api:
     token: the bearer token of whoever runs the server; sessions have their own.
     model: the name under which the policy is served.
     on_commit: given the experiences of a session that a header began, in a thread of its own.
+    on_reward: given (session, reward) for a session that was committed without one, likewise;
+      False where there is none. None: sessions are not committed without a reward.
+    most_logs: token logs of such a session that are committed, the latest ones.
     max_body: bytes.
     max_open: requests that sample at once; more are answered with 429.
     deadline: seconds for one request.
@@ -58,6 +67,8 @@ class Api:
     token: str,
     model: str,
     on_commit: Commit | None,
+    on_reward: LateReward | None,
+    most_logs: int | None,
     max_body: int,
     max_open: int,
     deadline: float,
@@ -66,6 +77,7 @@ class Api:
     self._engine, self._tokenizer, self._sessions = engine, tokenizer, sessions
     self._plain = Plain(engine, tokenizer, limits)
     self._token, self._model, self._on_commit = token, model, on_commit
+    self._on_reward, self._most_logs = on_reward, most_logs
     self._max_body, self._max_open, self._deadline = max_body, max_open, deadline
     self._buckets = buckets
     self._sampling: set[asyncio.Task] = set()
@@ -177,18 +189,38 @@ class Api:
 
     writer = Writer(ask, self._tokenizer, self._model, self._engine.version)
     if ask.stream:
-      return Events(ask, generate, writer, headers)
+      return Events(ask, generate, writer, headers, ask.messages is not None and self._thinking)
     answers = await unless_gone(request.receive, generate(None))
     return json_response(writer.whole(answers), 200, headers)
+
+  @functools.cached_property
+  def _thinking(self) -> bool:
+    """Whether the chat template opens the reasoning of every reply."""
+    hello = [{"role": "user", "content": "hello"}]
+    with contextlib.suppress(UserError):
+      return reasoning.goes_on(self._tokenizer.chat_text(hello, add_generation_prompt=True))
+    return False
 
   # --- rewards -----------------------------------------------------------------------------------
 
   async def feedback(self, request: Request) -> Any:
     name, reward = protocol.read_feedback(await self._body(request), reward=True)
-    session = self._needed(self._session(request, name, begin=False))
     assert reward is not None
-    session.give(reward)
+    try:
+      session = self._needed(self._session(request, name, begin=False))
+    except ApiError as e:
+      if e.status != 404 or not await self._reward_late(request, name, reward):
+        raise
+    else:
+      session.give(reward)
     return json_response({"object": "feedback", "reward": reward})
+
+  async def _reward_late(self, request: Request, name: str | None, reward: float) -> bool:
+    name = name or request.headers.get(SESSION_HEADER, "")
+    if self._on_reward is None:
+      return False
+    with api_errors():
+      return await in_thread(self._on_reward, name, reward)
 
   async def commit(self, request: Request) -> Any:
     name, reward = protocol.read_feedback(await self._body(request), reward=False)
@@ -200,22 +232,27 @@ class Api:
       turns = model.turns
       session.close()
       return json_response({"object": "commit", "turns": turns})
-    if session.reward is None:
+    if session.reward is None and self._on_reward is None:
       raise ApiError(400, "no reward came for this session yet; give one here or to /feedback")
-    if session.committing:
-      raise ApiError(409, "this session is being committed already")
-    score = Score(session.reward, {"reward": session.reward})
-    experiences = model.experiences(score, {"session": session.name})
-    turns = sum(int(e.metrics["num_turns"]) for e in experiences)
+    if session.committing or session.busy:
+      raise ApiError(409, "this session is being committed already, or a request is under way")
+    if not model.turns:
+      raise ApiError(400, "this session has no reply yet")
+    experiences = recorded(model, session, self._most_logs)
     session.committing = True  # it stays open when that fails
     try:
-      if self._on_commit is not None:
-        await in_thread(self._on_commit, session.name, experiences)
+      with session.in_use(), api_errors():
+        if self._on_commit is not None:
+          await in_thread(self._on_commit, session.name, experiences)
     finally:
       session.committing = False
     self._sessions.end(session)
     model.close()
-    return json_response({"object": "commit", "turns": turns})
+    turns = sum(int(e.metrics["num_turns"]) for e in experiences)
+    dropped = len(model.logs) - len(experiences)
+    self.counters.totals["committed_sessions"] += 1
+    self.counters.totals["dropped_logs"] += dropped
+    return json_response({"object": "commit", "turns": turns, "dropped_logs": dropped})
 
   def _needed(self, session: Session | None) -> Session:
     if session is None:
@@ -233,6 +270,7 @@ class Api:
   async def metrics(self, _: Request) -> Any:
     from starlette.responses import Response
 
+    self.counters.totals["expired_sessions"] = self._sessions.expired
     text = self.counters.text(self._engine, len(self._sessions))
     return Response(text, media_type=CONTENT_TYPE)
 
@@ -249,6 +287,15 @@ class Api:
     if request.path_params["name"] != self._model:
       raise ApiError(404, f"there is no such model; this server has {self._model!r}")
     return json_response(self._about())
+
+
+def recorded(model: Model, session: Session, most: int | None) -> list[Experience]:
+  """A session's token logs; where its reward has not come yet, without one."""
+  info = {"session": session.name}
+  if session.reward is not None:
+    return model.experiences(session.reward, info, most=most)
+  waiting = model.experiences({}, {**info, "awaits_reward": True}, most=most)
+  return [dataclasses.replace(e, reward=None) for e in waiting]
 
 
 def new_token() -> str:

@@ -119,6 +119,7 @@ def _schemas() -> dict[str, Any]:
       "content": {"oneOf": [_TEXT, {"type": "array", "items": part}]},
       "name": {"type": "string", "maxLength": 64},
       "tool_call_id": {"type": "string", "maxLength": 64},
+      "reasoning_content": _TEXT,
       "tool_calls": {"type": "array", "items": call},
     },
   }

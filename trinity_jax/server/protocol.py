@@ -98,7 +98,8 @@ class Ask:
   @property
   def size(self) -> int:
     """Characters (or ids) to be made a prompt."""
-    return sum(len(m["content"]) for m in self.messages or ()) + sum(map(len, self.prompts))
+    texts = (len(m["content"]) + len(m.get("reasoning_content", "")) for m in self.messages or ())
+    return sum(texts) + sum(map(len, self.prompts))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -239,6 +240,8 @@ def _message(m: Any, where: str) -> dict[str, Any]:
   for key in ("name", "tool_call_id"):
     if m.get(key) is not None:
       out[key] = _text(m[key], f"{where}.{key}")
+  if m.get("reasoning_content") is not None and role == "assistant":
+    out["reasoning_content"] = _text(m["reasoning_content"], f"{where}.reasoning_content", 2**31)
   if role == "tool" and "tool_call_id" not in out:
     raise bad(f"{where}.tool_call_id", None, "the id of the call that this answers")
   if calls is not None and (not isinstance(calls, list) or role != "assistant"):

@@ -17,7 +17,7 @@ from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.server.backend import Limits
 from trinity_jax.server.gate import Buckets
-from trinity_jax.server.openai import Api, Commit, new_token
+from trinity_jax.server.openai import Api, Commit, LateReward, new_token
 from trinity_jax.server.sessions import Session, Sessions
 
 _START, _CLOSE = 20.0, 20.0  # seconds
@@ -37,6 +37,10 @@ def serve(
   model: str = "policy",
   new_session: Callable[[str], Model] | None = None,
   on_commit: Commit | None = None,
+  on_reward: LateReward | None = None,
+  most_logs: int | None = None,
+  max_sessions: int = 1024,
+  session_timeout: float = 3600.0,
   max_body: int = 8 * 2**20,
   max_open: int = 1024,
   rate: float = 0.0,
@@ -56,6 +60,10 @@ def serve(
     model: the name under which the policy is served; requests may use any.
     new_session: name -> Model, to record what is said under the header x-session-id.
     on_commit: takes the experiences of such a session at POST /commit, in a thread of its own.
+    on_reward: takes the reward of one that was committed without, see openai.Api.
+    most_logs: token logs of such a session that are committed, the latest; None: all.
+    max_sessions: such sessions open at once.
+    session_timeout: seconds without a request after which one is dropped with its logs.
     max_body: bytes of a request. max_open: requests that sample at once.
     rate, burst: requests a second and bearer token, and at once; a rate of 0: no limit.
     deadline: seconds until a request is given up.
@@ -76,12 +84,13 @@ def serve(
   for path in (certificate, private_key):
     if path is not None and not Path(path).is_file():
       raise UserError(f"{path}: no such file; TLS needs a certificate and its key in PEM form")
-  sessions = Sessions(new_session)
+  sessions = Sessions(new_session, max_sessions, session_timeout)
   limits = Limits(max_prompt, max_response, params or SamplingParams(1.0, max_response))
   token = token or new_token()
   api = Api(
     engine, tokenizer, limits, sessions, token=token, model=model, on_commit=on_commit,
-    max_body=max_body, max_open=max_open, deadline=deadline, buckets=Buckets(rate, burst),
+    on_reward=on_reward, most_logs=most_logs, max_body=max_body, max_open=max_open,
+    deadline=deadline, buckets=Buckets(rate, burst),
   )  # fmt: skip
   tls = {} if certificate is None else {"ssl_certfile": certificate, "ssl_keyfile": private_key}
   return Server(api, sessions, host, port, token, tls)

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import secrets
 import threading
+import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ class Session:
     feedback: the first reward that came through /feedback; None once the session has ended.
     reward: the latest.
     committing: its experiences are being handed on.
+    used: time.monotonic() at which its last request ended.
   """
 
   def __init__(
@@ -43,6 +45,8 @@ class Session:
     self.feedback: Future[float | None] = Future()
     self.reward: float | None = None
     self.committing = False
+    self.busy = 0  # requests under way
+    self.used = time.monotonic()
     # A run's own handle keeps its session alive, not the other way round.
     self._model: Callable[[], Model | None] = (lambda: model) if name else weakref.ref(model)
     self._loop, self._ended = loop, False
@@ -82,6 +86,16 @@ class Session:
     self._ended = True
     self._tell(None)
 
+  @contextlib.contextmanager
+  def in_use(self) -> Iterator[None]:
+    """A session does not expire while a request of it is under way."""
+    self.busy += 1
+    try:
+      yield
+    finally:
+      self.busy -= 1
+      self.used = time.monotonic()
+
   def _tell(self, reward: float | None) -> None:
     with contextlib.suppress(InvalidStateError):  # told before, or nobody waits any more
       self.feedback.set_result(reward)
@@ -93,10 +107,20 @@ class Sessions:
   Args:
     new: name -> Model, for sessions that a header begins; None where only runs have them.
     most: open sessions of that kind at once.
+    timeout: seconds without a request after which one of that kind is dropped with its logs.
+
+  Attributes:
+    expired: sessions that were dropped.
   """
 
-  def __init__(self, new: Callable[[str], Model] | None = None, most: int = 1024):
-    self._new, self._most = new, most
+  def __init__(
+    self,
+    new: Callable[[str], Model] | None = None,
+    most: int = 1024,
+    timeout: float = 3600.0,
+  ):
+    self._new, self._most, self._timeout = new, most, timeout
+    self.expired = 0
     self._lock = threading.Lock()
     self._by_token: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
     self._named: dict[str, Session] = {}
@@ -126,9 +150,26 @@ class Sessions:
       raise ApiError(404, f"there is no session {name[:60]!r}", code="session_not_found")
     if len(self._named) >= self._most:
       raise ApiError(429, f"{self._most} sessions are open; commit some of them first")
-    session = self.add(Session(self._new(name), asyncio.get_running_loop(), "", name))
+    loop = asyncio.get_running_loop()
+    session = self.add(Session(self._new(name), loop, "", name))
     self._named[name] = session
+    loop.call_later(self._timeout, self._expire, session)
     return session
+
+  def _expire(self, session: Session) -> None:
+    """Ends a session that nobody has used for so long, or looks again when that may be."""
+    if self._named.get(session.name or "") is not session:
+      return
+    left = session.used + self._timeout - time.monotonic()
+    if session.busy:
+      left = self._timeout
+    if left > 0:
+      asyncio.get_running_loop().call_later(left, self._expire, session)
+      return
+    model = session.model
+    self.end(session)
+    model.close()
+    self.expired += 1
 
   def end(self, session: Session) -> None:
     session.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trinity_jax.explorer.answer import Answer
+from trinity_jax.explorer.reasoning import Splitter
 from trinity_jax.server.answers import Writer
 from trinity_jax.server.backend import OnText
 from trinity_jax.server.gate import json_response
@@ -48,14 +50,23 @@ class Events:
 
   With tools nothing of a choice is sent before it has ended, since text may turn out to be a call;
   log-probs and token ids come with a choice's last chunk.
+
+  Args:
+    thinking: replies of chats begin within reasoning, see reasoning.goes_on.
   """
 
   def __init__(
-    self, ask: Ask, generate: Generate, writer: Writer, headers: dict[str, str] | None = None
+    self,
+    ask: Ask,
+    generate: Generate,
+    writer: Writer,
+    headers: dict[str, str] | None = None,
+    thinking: bool = False,
   ):
     self._ask, self._generate, self._writer = ask, generate, writer
     self._headers = headers or {}
     self._started = False
+    self._splitters = collections.defaultdict[int, Splitter](lambda: Splitter(thinking))
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     try:
@@ -89,9 +100,20 @@ class Events:
     for index, piece in filter(None, items):
       texts[index] = texts.get(index, "") + piece
     for index, text in texts.items():
-      await self._begin(index, begun, send)
-      await self._send(send, self._writer.text(index, text))
+      await self._text(index, text, begun, send)
     return items[-1] is not None
+
+  async def _text(self, index: int, text: str, begun: set[int], send: Send, last=False) -> None:
+    """Sends a piece of a choice's text, a chat's reasoning apart."""
+    reasoning = ""
+    if self._ask.messages is not None:
+      reasoning, text = self._splitters[index].push(text, last=last)
+    if reasoning or text:
+      await self._begin(index, begun, send)
+    if reasoning:
+      await self._send(send, self._writer.reasoning(index, reasoning))
+    if text:
+      await self._send(send, self._writer.text(index, text))
 
   async def _begin(self, index: int, begun: set[int], send: Send) -> None:
     if self._ask.messages is not None and index not in begun:
@@ -108,6 +130,8 @@ class Events:
       await self._send(send, e.body(), more=False)
       return
     for i, answer in enumerate(answers):
+      if live:
+        await self._text(i, "", begun, send, last=True)
       await self._begin(i, begun, send)
       for chunk in self._writer.last(i, answer, live):
         await self._send(send, chunk)
