@@ -160,7 +160,7 @@ class Model:
       else:
         prompt = log.prompt(messages, tools)
       reply = await self._turn(log, prompt, **ask)
-      parsed = tool_calls.parse(reply.text, tools if parse else ())
+      parsed = tool_calls.parse(reply.whole, tools if parse else ())
       if single_call:
         parsed = dataclasses.replace(parsed, calls=parsed.calls[:1])
       ids = [tool_calls.call_id(*self._order(log), i) for i in range(len(parsed.calls))]
