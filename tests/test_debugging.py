@@ -17,6 +17,11 @@ async def twice(task, model):
     log = [*log, *(await model.generate(log)).tolist(), 3]
   return {"first": 0.25, "second": 0.5}
 
+async def fresh(task, model):
+  for text in "ab":
+    await model.chat([{"role": "user", "content": text}])
+  return [0.25, 0.5]
+
 async def broken(task, model):
   await model.generate([1, 2])
   raise KeyError("the \x1b[31mcause")
@@ -59,6 +64,15 @@ def test_turns_and_components(tmp_path):
   experience, text = run(config("debugged_workflows:twice"), tmp_path)
   assert text.count("wrote ") == 2 and text.count("was shown ") == 2
   assert experience.reward == 0.75 and "rewards/first 0.25, rewards/second 0.5" in text
+
+
+@pytest.mark.slow
+def test_every_token_log_of_a_run_is_shown(tmp_path):
+  c = config("debugged_workflows:fresh")
+  c.explorer.max_logs = 2
+  experience, text = run(c, tmp_path)
+  assert "--- token log 1 of 2" in text and "--- token log 2 of 2" in text
+  assert "reward: 0.25" in text and "reward: 0.5" in text and experience.reward == 0.5
 
 
 def test_a_workflow_that_raises(tmp_path):
