@@ -229,16 +229,3 @@ def test_a_cancelled_chat_leaves_no_trace_and_a_closed_model_answers_no_more(wor
   text, model = play(world, talk)
   assert text == play(world, lambda m: m.chat([said("a")]))[0]
   assert len(model.experiences(Score(0.0, {}), {})) == 1
-
-
-def test_log_probs_need_something_that_scores(world):
-  async def score(tokens):
-    return -tokens.astype(np.float32)
-
-  async def talk(model):
-    with pytest.raises(UserError, match="does not score"):
-      await model.logprobs([1, 2])
-    model.score = score
-    return await model.logprobs([1, 2])
-
-  assert play(world, talk)[0].tolist() == [-1, -2]

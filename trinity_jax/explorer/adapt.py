@@ -42,10 +42,6 @@ class SyncModel:
     """See Model.generate."""
     return self._wait(self._model.generate(tokens))
 
-  def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
-    """See Model.logprobs."""
-    return self._wait(self._model.logprobs(tokens))
-
   def feedback(self) -> float | None:
     """See Model.feedback."""
     return self._wait(self._model.feedback())

@@ -58,7 +58,6 @@ class Model:
     in_sampler: entered while the run waits for the sampler.
     server: whose `session` makes this run an endpoint for any agent; see `openai`.
     processes: environments.process.Processes that the run's environments may live in.
-    score: async (tokens i32[L]) -> log-probs f32[L], for `logprobs`.
   """
 
   def __init__(
@@ -83,7 +82,6 @@ class Model:
     self.in_sampler: Callable[[], AbstractContextManager] = nullcontext
     self.server: Any = None
     self.processes: Any = None
-    self.score: Callable[[np.ndarray], Awaitable[np.ndarray]] | None = None
     self.dialogues: list[Dialogue] = []
     self._recent: list[Dialogue] = []  # logs by their last replies
     self.sampler, self._seed = sampler, seed
@@ -183,16 +181,6 @@ class Model:
       log.record(tokens, reply.completion, None)
     self.text = reply.text
     return Answer({"role": "assistant", "content": reply.text}, list(tokens), reply.completion)
-
-  async def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
-    """Returns the policy's log-probs f32[L] of `tokens` (0 for the first), at temperature 1.
-
-    Raises:
-      UserError: nothing that scores was wired to this run.
-    """
-    if self.score is None:
-      raise UserError("model.logprobs: this rollout engine does not score given tokens")
-    return np.asarray(await self.score(np.asarray(tokens, np.int32)), np.float32)
 
   def reward(self, value: float) -> None:
     """Adds to the reward of the last turn: its last token's entry in token_rewards.
