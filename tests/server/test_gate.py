@@ -72,6 +72,16 @@ def test_health_answers_anybody_and_says_nothing_else(up):
   assert "server" not in answer.headers
 
 
+def test_small_answers_are_sent_at_once(up, client):
+  """Not when the client has acknowledged their first segment, 40 ms later."""
+  assert client.get("/v1/models").status_code == 200
+  connections = list(up[1]._server.server_state.connections)
+  assert connections
+  for connection in connections:
+    raw = connection.transport.get_extra_info("socket")
+    assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_unknown_paths_and_methods(client):
   error_of(client.get("/nothing"), 404)
   error_of(client.get("/v1/models/other"), 404)

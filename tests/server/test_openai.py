@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from trinity_jax.experience import ExperienceId
-from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.replies import Reply, sample
+from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.workflow import Model, SamplingParams
 from trinity_jax.server import backend
 

@@ -22,7 +22,7 @@ from trinity_jax.explorer.tool_calls import canonical, for_template, reasoning_o
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.request import Completion
 
-LONG = 65_536  # characters; longer dialogues are tokenised off the event loop
+LONG = 16_384  # characters; longer dialogues are tokenised off the event loop
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]

@@ -78,7 +78,7 @@ class Session:
     """Takes a reward; the latest counts, the first wakes whoever waits for one."""
     if self._ended:
       raise ended()
-    self.reward = reward
+    self.reward, self.used = reward, time.monotonic()
     self._tell(reward)
 
   def close(self) -> None:
