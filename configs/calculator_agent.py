@@ -37,11 +37,11 @@ def get_config():
       "algorithm.name": "sft",
       "taskset.generate_args": dict(split="sft", wrong_fraction=0.6),
       "taskset.messages_key": "messages",
-      "trainer": dict(total_steps=400, batch_size=64, rows_per_micro=16, save_interval=100),
+      "trainer": dict(total_steps=600, batch_size=64, rows_per_micro=16, save_interval=200),
       "optimizer": dict(
         learning_rate=2e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
       ),
-      "eval.interval": 100,
+      "eval.interval": 200,
     },
     {
       "name": "grpo",

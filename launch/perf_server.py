@@ -32,7 +32,7 @@ SECONDS = flags.DEFINE_float("seconds", 10.0, "Of each measurement of `server`."
 CLIENT = Path(__file__).with_name("server_client.py")
 SLOTS = 128
 PROMPT, RESPONSE = 64, 448  # tokens; a response has at least half as many
-_READY = 60.0  # seconds until all streams have begun
+_READY = 300.0  # seconds until all streams have begun, on a busy machine too
 
 
 def config() -> Any:
