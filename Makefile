@@ -31,8 +31,9 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 quickstart: $(VENV)/.run
 	$(PY) launch/main.py --config=configs/quickstart.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 
+# Two processes: much of a test is compiling, on one core.
 test: $(VENV)/.dev
-	$(PY) -m pytest -m 'not slow and not nightly and not aot'
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not nightly and not aot'
 
 slow: $(VENV)/.dev
 	$(PY) -m pytest -m 'slow and not nightly and not aot' --timeout=2700
