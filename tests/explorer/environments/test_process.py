@@ -266,6 +266,25 @@ def test_a_module_that_hangs_is_named_and_harms_no_other(tmp_path, monkeypatch):
   assert workers() == before
 
 
+def test_a_template_that_dies_is_replaced():
+  async def main():
+    processes = Processes(2)
+    made = processes.environment(FLAKY, args(seed_of("")))
+    await made.reset()
+    (template,) = processes._templates.values()
+    template._process.kill()
+    with pytest.raises(EnvironmentDied):  # with the template, by the kernel
+      async with asyncio.timeout(30):
+        while True:
+          await made.step("x")
+    await made.close()
+    assert (await episode(processes.environment(FLAKY, args(seed_of(""))))).total == 1.0
+    assert template not in processes._templates.values()
+    processes.close()
+
+  asyncio.run(main())
+
+
 def test_a_module_that_starts_threads_is_refused(tmp_path, monkeypatch):
   text = "import threading\nthreading.Thread(target=threading.Event().wait, name='mine',"
   name = module(tmp_path, monkeypatch, "threaded", f"{text} daemon=True).start()\n{QUIET}")

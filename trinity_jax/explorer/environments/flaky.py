@@ -137,7 +137,8 @@ class Episodes:
   seconds: float = 0.0
   attempts: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
-  async def __call__(self, task: Any, model: Any) -> dict[str, float]:
+  async def __call__(self, task: Any, model: Any) -> Any:
+    """The run's reward; see workflows.environment."""
     from trinity_jax.explorer.workflows.environment import environment
 
     seed = _seed(task.index, self.attempts[task.index])

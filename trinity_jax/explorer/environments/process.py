@@ -236,6 +236,8 @@ class Processes:
       self._idle.pop(0).kill()  # of another module
     template = self._templates.get(module)
     if template is None or not template.alive:
+      if template is not None:
+        template.close()
       template = self._templates[module] = _Template(module)
     worker = template.fork(module, self.memory_mb)
     self.started += 1

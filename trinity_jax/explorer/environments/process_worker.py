@@ -144,7 +144,12 @@ class Template:
         return bool(data)
 
   def _fork(self, request: dict, own: int) -> None:
-    parent, child = os.getpid(), os.fork()
+    parent = os.getpid()
+    try:
+      child = os.fork()
+    except OSError:  # no more processes: whoever asked sees the socket close
+      os.close(own)
+      return
     if child:
       with contextlib.suppress(OSError):  # it has ended, or done so itself
         os.setpgid(child, child)
