@@ -93,7 +93,12 @@ COMPARE = sorted(
 )
 
 
-@pytest.mark.parametrize("name", COMPARE)
+FAST = ("grpo", "opo", "reinforce++_baseline")
+
+
+@pytest.mark.parametrize(
+  "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in COMPARE]
+)
 def test_a_run_in_several_logs_is_worth_what_it_is_in_one(name):
   algorithm = make("grpo", advantage=name, kl_coef=0.0)
   got, found = advantages(algorithm, step())
@@ -109,6 +114,7 @@ def test_a_run_in_several_logs_is_worth_what_it_is_in_one(name):
     )
 
 
+@pytest.mark.slow
 def test_ranks_and_a_penalty_in_the_reward_are_those_of_runs():
   options = {"rank_penalty": 0.5}
   penalty = {"kl": "k1", "kl_in": "reward", "kl_coef": 0.1}
