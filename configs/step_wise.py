@@ -3,10 +3,9 @@
 python launch/main.py --config=configs/step_wise.py --workdir=runs/step_wise
 
 The environment (trinity_jax/tasks/walk.py) is a user's own and says after every step what that was
-worth; with --config.taskset.generate_args.own_process=True each one lives in a process of its own,
-which is killed when it hangs and replaced when it dies. REINFORCE++ credits each turn with the
-rewards from there on; GRPO would see their sum only. The demonstrations of the SFT stage walk at
-random.
+worth; with --config=configs/step_wise.py:processes each one lives in a process of its own, which is
+killed when it hangs and replaced when it dies. REINFORCE++ credits each turn with the rewards from
+there on; GRPO would see their sum only. The demonstrations of the SFT stage walk at random.
 """
 
 from trinity_jax.config import base_config
@@ -14,7 +13,7 @@ from trinity_jax.config import base_config
 WALKS = "trinity_jax.tasks.walk:generate"
 
 
-def get_config():
+def get_config(where="here"):
   c = base_config()
   c.name = "step_wise"
   c.model.tiny = dict(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=192)
@@ -27,9 +26,7 @@ def get_config():
   c.sampler.prompt_buckets = (8, 96)
   c.sampler.cache_buckets = (98,)
   c.eval.tasksets = (
-    dict(
-      name="held_out", generate=WALKS, generate_args=dict(split="eval"), workflow="environment"
-    ),
+    dict(name="held_out", generate=WALKS, generate_args=dict(split="eval"), workflow="environment"),
   )
   c.trainer.row_lengths = (98,)
   c.stages = (
@@ -45,10 +42,8 @@ def get_config():
     },
     {
       "name": "reinforce",
-      "algorithm": dict(
-        name="reinforceplusplus", advantage_args=dict(gamma=0.9), kl_coef=0.01
-      ),
-      "taskset.generate_args": dict(split="rl", own_process=False),
+      "algorithm": dict(name="reinforceplusplus", advantage_args=dict(gamma=0.9), kl_coef=0.01),
+      "taskset.generate_args": dict(split="rl", own_process=where == "processes"),
       "explorer": dict(batch_size=128, group_size=1),
       "trainer": dict(total_steps=30, rows_per_micro=32, save_interval=10),
       "optimizer": dict(learning_rate=1e-3, warmup_steps=3, beta2=0.98),

@@ -22,7 +22,10 @@ from trinity_jax.tasks.demonstrations import given
 from trinity_jax.tasks.taskset import load_taskset
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = [("blackjack",), ("step_wise",), ("retrieval",), ("tool_use",), ("tool_use", "python")]
+RECIPES = [
+  ("blackjack",), ("step_wise",), ("step_wise", "processes"), ("retrieval",), ("tool_use",),
+  ("tool_use", "python"),
+]  # fmt: skip
 
 
 def recipe(name: str, *args: str) -> Any:

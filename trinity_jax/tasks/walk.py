@@ -85,7 +85,11 @@ def generate(
     )
   pairs = [(a, b) for a in range(LENGTH) for b in range(LENGTH) if a != b]
   order = np.random.default_rng([seed, _STREAM["eval"]]).permutation(len(pairs))
-  make = lambda i: _row(*pairs[i], max_turns, own_process)
+
+  def make(i: int) -> dict[str, Any]:
+    start, goal = pairs[i]
+    return _row(start, goal, max_turns, own_process)
+
   if split == "eval":
     return [make(i) for i in order[:held_out]]
   rng, count = np.random.default_rng([seed, _STREAM[split]]), rows or _ROWS[split]
