@@ -1,4 +1,4 @@
-"""Runs of several token logs: groups compare runs, and what a run gets goes to all of its tokens."""
+"""Runs of several token logs: groups compare runs; what a run gets goes to all of its tokens."""
 
 from __future__ import annotations
 
