@@ -55,6 +55,7 @@ def test_grpo_counts_a_run_once_by_hand():
   assert float(found["groups_of_one"].parts[0]) == 1
 
 
+@pytest.mark.slow
 def test_the_last_log_brings_the_runs_reward():
   """As in Trinity's multi-step GRPO, rewards of earlier logs do not count in comparisons."""
   changed = REWARD.copy()
@@ -128,6 +129,7 @@ def test_ranks_and_a_penalty_in_the_reward_are_those_of_runs():
       )
 
 
+@pytest.mark.slow
 def test_advantages_of_tokens_and_of_single_logs_do_not_join_them():
   """Two logs of a run next to one another in a row: nothing flows from one into the other."""
   arrays = step(token_rewards=jnp.asarray(np.eye(N, T, 1), jnp.float32))

@@ -10,8 +10,8 @@ import pytest
 
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import StopReason
-from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.outcome import read_reward
+from trinity_jax.explorer.rewards import Score
 from trinity_jax.explorer.runner import Runner
 
 GOOD = (StopReason.STOP, StopReason.LENGTH)

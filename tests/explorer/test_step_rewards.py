@@ -102,7 +102,10 @@ def turn_lengths(e):
   return (edges[1::2] - edges[::2]).tolist()
 
 
-@pytest.mark.parametrize(("name", "gamma"), [("reinforceplusplus", 0.5), ("ppo", 1.0)])
+@pytest.mark.parametrize(
+  ("name", "gamma"),
+  [("reinforceplusplus", 0.5), pytest.param("ppo", 1.0, marks=pytest.mark.slow)],
+)
 def test_every_token_is_credited_with_the_rewards_from_its_turn_on(world, name, gamma):
   found = played(world, one_dialogue)
   assert [e.reward for e in found] == [0.5, 2.25]
@@ -124,6 +127,7 @@ def test_group_algorithms_see_their_sum(world):
     np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_steps_as_dialogues_of_their_own_are_compared_by_their_states(world):
   """GiGPO: the returns of the runs are 0.5 and 2.25; from the first state on they are the same,
   from the second (twice a run) on -0.5, -0.5, 2.25 and 2."""

@@ -147,7 +147,7 @@ def test_a_reward_that_is_missing_or_belongs_to_a_failed_run_is_zero():
 
 def test_errors_name_what_is_wrong():
   experiences = experiences_of([5, 5, 5])
-  with pytest.raises(UserError, match=r"3 experiences in one step.*room for 2: runs x explorer\.max_logs"):
+  with pytest.raises(UserError, match=r"3 experiences in one step.*room for 2: runs x"):
     pack(experiences, PackSpec((8,), 1, 2))
   with pytest.raises(UserError, match=r"5 tokens does not fit trainer\.row_lengths=\(3, 4\).*5"):
     pack(experiences, PackSpec((3, 4), 1, 4))
