@@ -1,7 +1,7 @@
 """The clients of launch/perf_server.py, in a process of their own: open streams, and /health.
 
 Usage: server_client.py HOST PORT TOKEN STREAMS PROBES LIMIT. Says "ready" when all streams run,
-counts from the line "go" to the line "stop", and prints a line of JSON: the events that came and
+counts from the line "go" to the line "stop", and prints a line of JSON: the events a second and
 the milliseconds of each /health. Nothing but sockets, so that the client costs little beside a
 server that it shares the machine with.
 """
@@ -91,10 +91,11 @@ async def main(host: str, port: str, token: str, *numbers: str) -> None:
   loop = asyncio.get_running_loop()
   print("ready", flush=True)
   await loop.run_in_executor(None, sys.stdin.readline)
-  client.events = 0
+  client.events, start = 0, time.perf_counter()
   prober = asyncio.create_task(client.probe())
   await loop.run_in_executor(None, sys.stdin.readline)
-  report = {"events": client.events, "health_ms": list(client.health_ms)}
+  rate = client.events / (time.perf_counter() - start)
+  report = {"events": rate, "health_ms": [round(x, 3) for x in client.health_ms]}
   for task in (prober, *tasks):
     broken = task.done() and task.exception()
     assert not broken, broken

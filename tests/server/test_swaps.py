@@ -51,7 +51,7 @@ def test_log_probs_of_ten_turns_are_those_of_a_forward_pass(served, on_swap):
   for version in set(e.versions[written]):
     mine = written & (e.versions == version)
     off[mine] = np.abs(served.score(policies[version], e.tokens) - e.logprobs)[mine]
-  assert off[written & ~mixed].max() < 2e-4
+  assert off[written & ~mixed].max() <= 5e-5  # the bound of training itself
   if on_swap == "keep":
     assert mixed[written].any() and off[mixed].max() > 1e-3  # flagged for a reason
   else:
