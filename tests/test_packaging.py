@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -57,6 +58,17 @@ def test_scripts_and_tests_are_not_packages():
     assert not sorted((ROOT / folder).rglob("__init__.py"))
 
 
+def imported(path):
+  """Top-level packages that a module imports anywhere."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      names.add(node.module)
+  return {name.partition(".")[0] for name in names}
+
+
 def test_imported_packages_are_declared():
   """What the package imports is a dependency, or an extra's."""
   known = {
@@ -69,7 +81,7 @@ def test_imported_packages_are_declared():
   declared = {re.match(r"[\w-]+", d)[0].lower() for d in listed}  # type: ignore[index]
   declared |= {"mlflow"} if "mlflow-skinny" in declared else set()
   for path in sorted([*(ROOT / "trinity_jax").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]):
-    for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M):
+    for name in sorted(imported(path)):
       beside = path.is_relative_to(ROOT / "launch") and (ROOT / "launch" / f"{name}.py").exists()
       if name in sys.stdlib_module_names or name == "trinity_jax" or beside:
         continue
