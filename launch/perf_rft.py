@@ -188,7 +188,7 @@ class Rig:
     self.explorer = Explorer(
       c,
       engine=Instant(),
-      tokenizer=SimpleNamespace(stop_ids=(0,), decode=str),  # type: ignore[arg-type]
+      tokenizer=SimpleNamespace(stop_ids=(0,), decode=lambda tokens, **_: str(tokens)),  # type: ignore[arg-type]
       schedule=self.schedule,
       versions=self.synchronizer,
       buffer=self.buffer,
