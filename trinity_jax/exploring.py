@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
@@ -20,6 +21,7 @@ from trinity_jax.errors import RunFailed, root_cause
 from trinity_jax.experience import Experience
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
+from trinity_jax.models.presets import ModelConfig
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.monitor.progress import Progress
 from trinity_jax.monitor.timeline import Timeline
@@ -77,15 +79,7 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
   check_lag(config, algorithm)
   meshes = build.make_meshes(config)
   model, launch = hf.load_config(model_path), LaunchOrder(meshes.train)
-  versions = SnapshotReader(
-    directory / "weights",
-    sharding.param_shardings(model, meshes.train),
-    jnp.dtype(config.model.rollout_dtype or config.model.dtype),
-    bell=buffer.bell,
-    timeout=config.sync.timeout,
-    probe=make_probe(model, launch),
-    launch=launch,
-  )
+  versions = published(config, directory, model, launch, meshes.train, buffer.bell)
   buffer.release(config.explorer.name)  # what an earlier life of this explorer had claimed
   own = directory / "explorers" / config.explorer.name
   own.mkdir(parents=True, exist_ok=True)
@@ -137,6 +131,26 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
   finally:
     with contextlib.suppress(RunFailed):  # the reason is on its way up already
       buffer.release(config.explorer.name)
+
+
+def published(
+  config: Config,
+  directory: Path,
+  model: ModelConfig,
+  launch: LaunchOrder,
+  mesh: Mesh,
+  bell: ThreadBell,
+) -> SnapshotReader:
+  """What the stage's trainer publishes, laid out on `mesh` as the sampler takes it."""
+  return SnapshotReader(
+    directory / "weights",
+    sharding.param_shardings(model, mesh),
+    jnp.dtype(config.model.rollout_dtype or config.model.dtype),
+    bell=bell,
+    timeout=config.sync.timeout,
+    probe=make_probe(model, launch),
+    launch=launch,
+  )
 
 
 def wait_for_start(config: Config, directory: Path, bell: ThreadBell) -> Path:

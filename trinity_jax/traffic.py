@@ -13,8 +13,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from trinity_jax import build, exploring
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.replay import ReplayBuffer
@@ -22,10 +20,9 @@ from trinity_jax.config import Config
 from trinity_jax.config_checks import check_lag
 from trinity_jax.errors import RunFailed, UserError, root_cause
 from trinity_jax.launch_order import LaunchOrder
-from trinity_jax.models import hf, sharding
+from trinity_jax.models import hf
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.preemption import Preemption
-from trinity_jax.probe import make_probe
 from trinity_jax.publishing import LineageChanged, SnapshotReader
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.schedule import make_schedule
@@ -73,15 +70,7 @@ def _serve(stack, config: Config, directory: Path, preemption: Preemption, repor
   model_path = exploring.wait_for_start(config, directory, buffer.bell)
   meshes = build.make_meshes(config)
   model, launch = hf.load_config(model_path), LaunchOrder(meshes.train)
-  versions = SnapshotReader(
-    directory / "weights",
-    sharding.param_shardings(model, meshes.train),
-    jnp.dtype(config.model.rollout_dtype or config.model.dtype),
-    bell=buffer.bell,
-    timeout=config.sync.timeout,
-    probe=make_probe(model, launch),
-    launch=launch,
-  )
+  versions = exploring.published(config, directory, model, launch, meshes.train, buffer.bell)
   buffer.release(config.explorer.name)  # what an earlier life had claimed
   tokenizer = Tokenizer.load(model_path)
   engine = build.make_engine(config, model, meshes, launch, tokenizer_dir=model_path)
