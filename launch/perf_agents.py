@@ -2,7 +2,9 @@
 
 Episodes of a few turns wait log-normally long for their environment and then ask the model; run by
 the explorer's own Groups and Runner, once beside a sampler that answers at once and once beside a
-real one with a tiny model. Against them the same episodes in batches with a barrier.
+real one with a tiny model. Against them the same episodes in batches with a barrier. `steady` is
+the rate until the last episode begins: an explorer goes on with the next step's, and the wait for
+the longest of all belongs to the end of a run.
 """
 
 from __future__ import annotations
@@ -77,27 +79,33 @@ def tasks(count: int, mean: float) -> list[Any]:
   return [Task(i, (), raw={"seconds": s * scale}) for i, s in enumerate(seconds)]
 
 
-async def at_once(run: Callable[[int], Awaitable[None]], count: int, most: int) -> None:
-  """The next one begins when any has ended."""
-  places = asyncio.Semaphore(most)
+async def at_once(run: Callable[[int], Awaitable[None]], count: int, most: int) -> float:
+  """The next one begins when any has ended; returns the episodes a second until the last begins."""
+  places, start = asyncio.Semaphore(most), time.perf_counter()
+  last = start
 
   async def one(i: int) -> None:
+    nonlocal last
     async with places:
+      last = time.perf_counter()
       await run(i)
 
   await asyncio.gather(*map(one, range(count)))
+  return max(count - most, 0) / (last - start)
 
 
-async def in_batches(run: Callable[[int], Awaitable[None]], count: int, most: int) -> None:
+async def in_batches(run: Callable[[int], Awaitable[None]], count: int, most: int) -> float:
   """The next ones begin when all have ended."""
+  start = time.perf_counter()
   for first in range(0, count, most):
     await asyncio.gather(*map(run, range(first, min(first + most, count))))
+  return count / (time.perf_counter() - start)
 
 
 def measure(
-  engine: Any, tokenizer: Any, how: Callable[..., Awaitable[None]]
-) -> tuple[float, float]:
-  """Returns (episodes a second, p99 of the event loop's lag in seconds)."""
+  engine: Any, tokenizer: Any, how: Callable[..., Awaitable[float]]
+) -> tuple[float, float, float]:
+  """Returns (episodes a second, what `how` returned, p99 of the event loop's lag in seconds)."""
   from trinity_jax.explorer.groups import TRAIN_STREAM, Groups, group_ids
   from trinity_jax.explorer.workflow import SamplingParams
   from trinity_jax.monitor.loop_lag import LoopLag
@@ -116,25 +124,25 @@ def measure(
     (found,) = await groups.run(runner, work[i], ids[i])
     assert not found.stop_reason.failed, found.info
 
-  async def main() -> float:
+  async def main() -> tuple[float, float]:
     with lag.running():
       start = time.perf_counter()
-      await how(run, count, CONCURRENT.value)
-      return time.perf_counter() - start
+      rate = await how(run, count, CONCURRENT.value)
+      return count / (time.perf_counter() - start), rate
 
-  seconds = asyncio.run(main())
-  return count / seconds, lag.take() or 0.0
+  return *asyncio.run(main()), lag.take() or 0.0
 
 
 def bench_agents() -> list[Row]:
   rows: list[Row] = []
   with real_engine(config()) as (sampler, tokenizer):
     for name, engine in (("simulated", Instant()), ("real", sampler)):
-      barrier, _ = measure(engine, tokenizer, in_batches)
-      rate, lag = measure(engine, tokenizer, at_once)
+      barrier, _, _ = measure(engine, tokenizer, in_batches)
+      rate, steady, lag = measure(engine, tokenizer, at_once)
       rows += [
         Row(f"{name}/barrier", barrier, "episodes/s"),
         Row(f"{name}/at_once", rate, "episodes/s", f"{name}/barrier", rate / barrier),
+        Row(f"{name}/steady", steady, "episodes/s", f"{name}/barrier", steady / barrier),
         Row(f"{name}/loop_lag_p99", 1e3 * lag, "ms"),
       ]
   return rows
