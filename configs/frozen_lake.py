@@ -5,9 +5,8 @@ python launch/main.py --config=configs/frozen_lake.py --workdir=runs/frozen_lake
 Generated 4x4 maps that can be solved, not slippery, 100 of them held out; one action per turn, at
 most 8. The demonstrations of the SFT stage ignore the holes 6 times out of 10, so that a greedy
 policy learns to do so and reaches the goal where the straight way happens to be free. GRPO sees
-only whether the goal was reached. Held-out success seen so far, in one run with interruptions and
-with 400 and 40 steps: 0.26 after SFT (as after 40 of its steps already), 0.85 after 10 steps of
-GRPO; random actions have 0.0065.
+only whether the goal was reached. Held-out success with seeds 0, 1, 2: 0.31, 0.24, 0.22 after SFT,
+0.76, 0.93, 0.88 after GRPO; random actions have 0.0065. 5 min 40 s on 2 quiet cores.
 """
 
 from trinity_jax.config import base_config

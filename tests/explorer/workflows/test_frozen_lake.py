@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 
 from trinity_jax.explorer.environments.gym import GymEnvironment
@@ -31,12 +31,10 @@ def test_random_actions_reach_next_to_nothing():
 
 
 def launch(workdir: Path, *overrides: str) -> dict:
-  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
   command = [sys.executable, "launch/main.py", "--config=configs/frozen_lake.py",
              f"--workdir={workdir}", *overrides]  # fmt: skip
   done = subprocess.run(
-    command, cwd=ROOT, env=env | {"JAX_PLATFORMS": "cpu"}, timeout=2400, capture_output=True,
-    text=True,
+    command, cwd=ROOT, env=launching.environment(), timeout=2400, capture_output=True, text=True
   )  # fmt: skip
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   return json.loads((workdir / "summary.json").read_text())
