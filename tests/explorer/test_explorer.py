@@ -97,12 +97,11 @@ def test_a_task_that_always_fails_is_not_run_for_ever(world, workflow, determini
   reasons = [e.stop_reason for e in sorted(found, key=lambda e: e.id)]
   ran = reasons.count(StopReason.ERROR)
   assert ran == calls.count(2) in (4, 6), "a step that ran beside the second failure may come yet"
-  if deterministic:  # else a later step's group may take the place of one that is late
-    assert len(reasons) == 12
-  assert len(reasons) >= 10
+  if deterministic:  # else a seventh step may begin, and its groups take the place of late ones
+    assert len(reasons) == 12 and calls.count(4) == 6
+  assert len(reasons) >= 10 and calls.count(4) >= 6
   assert reasons == [StopReason.ERROR] * ran + [StopReason.QUARANTINED] * (len(reasons) - ran)
-  assert "explorer.quarantine" in found[-1].info["error"]
-  assert calls.count(4) == 6
+  assert "explorer.quarantine" in max(found, key=lambda e: e.id).info["error"]
 
 
 def test_a_synchronous_run_is_bit_identical_whatever_the_timing(world, workflow):
