@@ -108,7 +108,7 @@ class Collector:
       group = [dataclasses.replace(e, id=id) for e, id in zip(experiences, ids)]
       try:
         outcome = asyncio.run(self._put(group))
-      except BaseException:
+      except BaseException:  # whatever it was, the claimed place must not stay empty
         with self._claiming:  # for the next attempt: a put that was given up may be stored
           self._free.insert(0, place)
         raise

@@ -249,7 +249,7 @@ class Processes:
         del self._templates[module]
         await in_thread(template.abort)
       raise EnvironmentHung(f"{module} was not imported within {_STARTING:g} s") from None
-    except BaseException:
+    except BaseException:  # a cancelled run too must not leave its process behind
       worker.kill()
       raise
     return worker

@@ -49,7 +49,7 @@ results = []
 for arguments in request["cases"]:
   try:
     results.append([True, json.loads(json.dumps(function(*arguments)))])
-  except Exception:
+  except Exception:  # an answer that raises has failed this case
     results.append([False, None])
 data = json.dumps(results).encode()
 while data:
