@@ -19,7 +19,7 @@ from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
 from trinity_jax.explorer.rewards import make_reward
-from trinity_jax.explorer.workflow import find_workflow
+from trinity_jax.explorer.workflows import find_workflow
 from trinity_jax.memory import memory_per_device
 from trinity_jax.models import hf, params, sharding
 from trinity_jax.models.presets import ModelConfig
@@ -104,7 +104,7 @@ def model_config(config: Config) -> ModelConfig:
 
 def tiny(config: Config) -> ModelConfig:
   """The architecture that config.model.tiny describes."""
-  sizes = {k: v for k, v in config.model.tiny.items() if k not in ("seed", "dtype")}
+  sizes = {k: v for k, v in config.model.tiny.items() if k not in ("seed", "dtype", "words")}
   try:
     return hf.tiny_config(**sizes)
   except (TypeError, UserError) as e:  # TypeError: an argument that does not exist
@@ -133,9 +133,9 @@ def check(config: Config) -> str:
     folder = Path(config.model.path or scratch)
     if not config.model.path:
       model = plans[0].model
-      write_byte_tokenizer(
-        folder, vocab_size=model.vocab_size, max_length=model.max_position_embeddings
-      )
+      words = config.model.tiny.get("words", ())
+      length = model.max_position_embeddings
+      write_byte_tokenizer(folder, vocab_size=model.vocab_size, max_length=length, words=words)
     tokenizer = Tokenizer.load(folder)
     warnings = [w for stage in plans for w in check_texts(stage, tokenizer)]
   return "\n\n".join([*map(render, plans), *(f"warning: {w}" for w in warnings)])

@@ -139,3 +139,20 @@ def test_bad_folders(folder, tmp_path):
   (copy / "tokenizer.json").write_text("{")
   with pytest.raises(UserError, match="unreadable tokenizer"):
     tokenizer.load(copy)
+
+
+def test_words_are_one_token_each(tmp_path):
+  words = ('{"name": "x y", "é": ', '"}}', "hi")
+  sizes = dict(hidden=32, intermediate=32, layers=1, head_dim=16)
+  tok = tokenizer.load(hf.write_tiny_checkpoint(tmp_path / "model", words=words, **sizes))
+  assert tok.vocab_size == 320
+  text = words[0] + "3*4" + words[1] + "<|end|>" + words[2]
+  ids = tok.encode(text)
+  first = tokenizer.BYTE_VOCAB
+  assert [ids[0], ids[4], ids[6]] == [first, first + 1, first + 2] and len(ids) == 7
+  assert tok.decode(ids) == text.replace("<|end|>", "")  # words are text, not special
+  for wrong in (("a",), ("ab", "ab"), ("<|end|>",), (3,)):
+    with pytest.raises(UserError, match="words: "):
+      hf.write_tiny_checkpoint(tmp_path / "other", words=wrong, **sizes)
+  with pytest.raises(UserError, match="with 58 words needs at least 321"):
+    hf.write_tiny_checkpoint(tmp_path / "other", words=[f"w{i}" for i in range(58)], **sizes)

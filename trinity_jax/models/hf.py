@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -349,15 +349,21 @@ def tiny_config(
 
 
 def write_tiny_checkpoint(
-  path: str | Path, *, seed: int = 0, dtype: Any = jnp.float32, **sizes: Any
+  path: str | Path,
+  *,
+  seed: int = 0,
+  dtype: Any = jnp.float32,
+  words: Sequence[str] = (),
+  **sizes: Any,
 ) -> Path:
   """Writes a complete HF folder: a random Qwen3 model and a byte-level tokenizer with a template.
 
   Args:
+    words: texts that the tokenizer has a token for each.
     sizes: of `tiny_config`.
 
   Raises:
-    UserError: sizes that cannot be.
+    UserError: sizes or words that cannot be.
   """
   config = tiny_config(**sizes)
   path = Path(path)
@@ -366,7 +372,7 @@ def write_tiny_checkpoint(
   )
   save(path, initialise(jax.random.key(seed)), config)
   tokenizer_lib.write_byte_tokenizer(
-    path, vocab_size=config.vocab_size, max_length=config.max_position_embeddings
+    path, vocab_size=config.vocab_size, max_length=config.max_position_embeddings, words=words
   )
   ids = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
   _write_json(path / "generation_config.json", {**ids, "pad_token_id": config.pad_token_id})

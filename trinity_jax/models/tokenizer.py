@@ -136,24 +136,36 @@ def _stop_ids(eos: int | None, generation_config: Path) -> tuple[int, ...]:
   return tuple(dict.fromkeys(int(i) for i in ids))
 
 
-def write_byte_tokenizer(path: Path, *, vocab_size: int, max_length: int) -> None:
-  """Writes a complete byte-level HF tokenizer: specials, 256 bytes, then unused ids to the end.
+def write_byte_tokenizer(
+  path: Path, *, vocab_size: int, max_length: int, words: Sequence[str] = ()
+) -> None:
+  """Writes a complete byte-level HF tokenizer: specials, 256 bytes, `words`, then unused ids.
+
+  Args:
+    words: texts of two characters or more that are one token each, wherever they occur.
 
   Raises:
-    UserError: `vocab_size` is below BYTE_VOCAB.
+    UserError: `vocab_size` is below BYTE_VOCAB + words, or a word cannot be one.
   """
   from tokenizers import AddedToken, decoders, models, pre_tokenizers
   from tokenizers import Tokenizer as Backend
 
-  if vocab_size < BYTE_VOCAB:
-    raise UserError(f"vocab_size = {vocab_size}: a byte tokenizer needs at least {BYTE_VOCAB}")
-  names = list(SPECIALS) + sorted(pre_tokenizers.ByteLevel.alphabet())
+  for word in words:
+    if not isinstance(word, str) or len(word) < 2 or "<|" in word or words.count(word) > 1:
+      raise UserError(f"words: {word!r}: expected different texts of two characters or more")
+  if vocab_size < BYTE_VOCAB + len(words):
+    raise UserError(
+      f"vocab_size = {vocab_size}: a byte tokenizer with {len(words)} words needs at least "
+      f"{BYTE_VOCAB + len(words)}"
+    )
+  names = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words]
   names += [f"<|unused_{i}|>" for i in range(vocab_size - len(names))]
   backend = Backend(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   backend.decoder = decoders.ByteLevel()
   special = [name for name in names if name.startswith("<|")]
   backend.add_special_tokens([AddedToken(n, normalized=False, special=True) for n in special])
+  backend.add_tokens([AddedToken(word, normalized=False) for word in words])
   backend.save(str(path / "tokenizer.json"))
   config = {
     "tokenizer_class": "PreTrainedTokenizerFast",
