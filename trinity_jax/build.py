@@ -76,6 +76,7 @@ def make_programs(
     layout,
     launch,
     source=source,
+    scores=s.scores,
     prompt_lengths=buckets(chunk, s.prompt_buckets, smallest=64),
     prompt_counts=tuple(
       sorted({min(n, max(1, s.slots // shards_of(mesh))) for n in s.prefill_batches})

@@ -203,6 +203,9 @@ class SamplerConfig:
     "Free the sampler's cache and weights while the trainer works (on-policy runs that share the "
     "devices): the peak is that of the larger phase, not of both.",
   )
+  scores: bool = key(
+    False, "Compile what model.logprobs(tokens) needs: one more program for each of a few lengths."
+  )
   temperature: float = key(1.0, "Temperature of training rollouts.", low=0.0)
   top_p: float = key(
     1.0, "Nucleus of training rollouts; below 1 needs a correction.", above=0.0, high=1.0

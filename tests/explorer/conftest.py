@@ -43,7 +43,7 @@ class World:
     spec = EngineSpec(model, 4, live_lengths=(PROMPT + RESPONSE,), max_response=RESPONSE)
     self.programs = Programs(
       spec, self.mesh, self.layout, self.launch,
-      prompt_lengths=(PROMPT,), prompt_counts=(4,),
+      prompt_lengths=(PROMPT,), prompt_counts=(4,), scores=True,
     )  # fmt: skip
     self.programs.warmup(self.params)
 

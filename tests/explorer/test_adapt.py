@@ -29,6 +29,7 @@ def test_a_plain_function_runs_in_a_thread_and_asks_without_await(world):
     text = model.chat(task.messages)
     model.reward(0.25)
     model.chat([*model.messages, {"role": "user", "content": "b"}])
+    assert len(model.logprobs([1, 2, 3])) == 3
     return float(model.turns) if text == model.messages[1]["content"] else None
 
   with world.sampler() as sampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from trinity_jax.errors import UserError
 from trinity_jax.experience import ExperienceId, StopReason
 from trinity_jax.explorer.rewards import Score
-from trinity_jax.explorer.workflow import Model, PromptTooLong, SamplingParams, find_workflow
+from trinity_jax.explorer.workflow import Model, PromptTooLong, RunEnded, SamplingParams
+from trinity_jax.explorer.workflows import find_workflow
 from trinity_jax.explorer.workflows.single_turn import single_turn
 from trinity_jax.sampler.request import join
 
@@ -229,3 +231,67 @@ def test_a_cancelled_chat_leaves_no_trace_and_a_closed_model_answers_no_more(wor
   text, model = play(world, talk)
   assert text == play(world, lambda m: m.chat([said("a")]))[0]
   assert len(model.experiences(Score(0.0, {}), {})) == 1
+
+
+# --- log-probs of given tokens --------------------------------------------------------------------
+
+
+def test_logprobs_of_what_was_said_are_those_it_was_said_with(world):
+  async def talk(model):
+    await model.generate([8, 9, 10])
+    e = model.experience(0.0)
+    return await model.logprobs(e.tokens.tolist()), e, model.turns, len(model.logs)
+
+  (scored, e, turns, logs), _ = play(world, talk, temperature=0.7)
+  assert scored.shape == e.tokens.shape and scored[0] == 0
+  np.testing.assert_allclose(scored[3:], e.logprobs[3:], atol=2e-5)
+  assert (turns, logs) == (1, 1)  # scoring is no turn
+  assert (scored[1:3] < 0).all()
+
+
+def test_logprobs_beside_calls_of_the_same_run(world):
+  """Samples wait for a run that may still ask: it counts once, whatever it asks at a time."""
+
+  async def talk(model):
+    asks = [model.chat([said("a")]), model.logprobs([1, 2]), model.chat([said("b")])]
+    first = await asyncio.gather(*asks, *(model.logprobs([1, 2, n]) for n in range(5)))
+    return first, await model.chat([said("c")])
+
+  (found, _), model = play(world, talk)
+  assert len(found[1]) == 2 and [len(x) for x in found[3:]] == [3] * 5 and model.turns == 3
+
+
+def test_the_runs_clock_stands_still_while_its_tokens_are_scored(world):
+  inside = []
+
+  @contextlib.contextmanager
+  def stopped():
+    inside.append("in")
+    yield
+    inside.append("out")
+
+  async def talk(model):
+    model.in_sampler = stopped
+    await asyncio.gather(model.logprobs([1, 2]), model.chat([said("a")]))
+    await model.logprobs([1, 2])
+
+  play(world, talk)
+  assert inside == ["in", "out"] * 2
+
+
+def test_logprobs_after_the_end_of_a_run_are_refused(world):
+  async def talk(model):
+    await model.chat([said("a")])
+    model.close()
+    with pytest.raises(RunEnded, match="has ended"):
+      await model.logprobs([1, 2])
+
+  play(world, talk)
+
+
+def test_a_greedy_run_scores_at_temperature_one(world):
+  async def talk(model):
+    return await model.logprobs([1, 2, 3]), await model.logprobs([1, 2, 3], 1.0)
+
+  (own, one), _ = play(world, talk, temperature=0.0)
+  assert own.tobytes() == one.tobytes()

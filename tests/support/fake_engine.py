@@ -81,7 +81,7 @@ class FakePrograms:
       slots=slots, cache_length=C, max_response=max_response, live_lengths=self.live_lengths
     )
     self.prompt_counts, self.prompt_lengths = counts, lengths or (2, max_prompt)
-    self.shards, self.per_shard = shards, slots // shards
+    self.shards, self.per_shard, self.scores = shards, slots // shards, False
     self.plan: Any = []
     self.fail: dict[str, BaseException] = {}
     self.audit, self.truth = audit, {}

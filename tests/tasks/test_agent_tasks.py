@@ -12,7 +12,7 @@ from trinity_jax.experience import Task
 from trinity_jax.explorer.environments import retrieval, tools
 from trinity_jax.explorer.environments.gym import GymEnvironment
 from trinity_jax.explorer.tool_calls import parse
-from trinity_jax.explorer.workflow import find_workflow
+from trinity_jax.explorer.workflows import find_workflow
 from trinity_jax.models.tokenizer import Tokenizer, write_byte_tokenizer
 from trinity_jax.tasks import blackjack, facts, products, walk
 

@@ -42,6 +42,10 @@ class SyncModel:
     """See Model.generate."""
     return self._wait(self._model.generate(tokens))
 
+  def logprobs(self, tokens: Sequence[int], temperature: float | None = None) -> np.ndarray:
+    """See Model.logprobs."""
+    return self._wait(self._model.logprobs(tokens, temperature))
+
   def feedback(self) -> float | None:
     """See Model.feedback."""
     return self._wait(self._model.feedback())

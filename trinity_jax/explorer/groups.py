@@ -14,7 +14,8 @@ from trinity_jax.explorer.environments.process import Processes
 from trinity_jax.explorer.grading import Grade, GroupGrade
 from trinity_jax.explorer.runner import Ran, Runner
 from trinity_jax.explorer.threads import in_thread
-from trinity_jax.explorer.workflow import Model, SamplingParams, Workflow, find_workflow
+from trinity_jax.explorer.workflow import Model, SamplingParams, Workflow
+from trinity_jax.explorer.workflows import find_workflow
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.serving import OnDemand

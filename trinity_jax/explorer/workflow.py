@@ -23,11 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from trinity_jax import plugins
-from trinity_jax.errors import UserError, suggestion
+from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer import tool_calls
-from trinity_jax.explorer.adapt import as_workflow
 from trinity_jax.explorer.answer import Answer, PromptTooLong, RunEnded, SamplingParams
 from trinity_jax.explorer.dialogue import LONG, Dialogue, Messages, Tools
 from trinity_jax.explorer.outcome import Returned, Reward, experiences_of, read_scores
@@ -87,6 +85,7 @@ class Model:
     self.sampler, self._seed = sampler, seed
     self._max_prompt, self._stream, self._priority = max_prompt, stream, priority
     self._asking: set[asyncio.Task] = set()
+    self._sampling = 0  # of them that sample
     self._waiting = ExitStack()
     self._session: Any = None
     self._closed = False
@@ -181,6 +180,27 @@ class Model:
       log.record(tokens, reply.completion, None)
     self.text = reply.text
     return Answer({"role": "assistant", "content": reply.text}, list(tokens), reply.completion)
+
+  async def logprobs(
+    self, tokens: Sequence[int], temperature: float | None = None
+  ) -> np.ndarray:
+    """Log-probs f32[n] of given tokens by the weights that sample now; recorded nowhere.
+
+    Each is given the tokens before it; the first, which has none, gets 0.
+
+    Args:
+      temperature: above 0; None: the run's own, 1 where it is greedy. Top-p and top-k are not
+        applied.
+
+    Raises:
+      UserError: config.sampler.scores is off, or tokens that the engine cannot take.
+      RunEnded: the run has ended.
+    """
+    self._refuse_if_closed()
+    if temperature is None:
+      temperature = self.params.temperature or 1.0
+    with self._in_sampler(samples=False):
+      return await self.sampler.logprobs(tokens, temperature)
 
   def reward(self, value: float) -> None:
     """Adds to the reward of the last turn: its last token's entry in token_rewards.
@@ -289,8 +309,7 @@ class Model:
     on_text: Callable[[str], None] | None = None,
   ) -> Reply:
     """Samples one reply, with the run's own temperature and truncation."""
-    if self._closed:
-      raise RunEnded(f"run {self.id} has ended; its model answers no more")
+    self._refuse_if_closed()
     if len(prompt) > self._max_prompt:
       raise PromptTooLong(
         f"prompt of {len(prompt)} tokens exceeds sampler.max_prompt_length = {self._max_prompt}; "
@@ -316,22 +335,28 @@ class Model:
     self._recent = [*(d for d in self._recent if d is not log), log]
     return reply
 
+  def _refuse_if_closed(self) -> None:
+    if self._closed:
+      raise RunEnded(f"run {self.id} has ended; its model answers no more")
+
   @contextmanager
-  def _in_sampler(self) -> Iterator[None]:
+  def _in_sampler(self, samples: bool = True) -> Iterator[None]:
     """The run waits while any of its calls does; the sampler counts it once, not per call."""
     task = _current()
-    if self._asking:
-      self.sampler.enter()
-    else:
+    if not self._asking:
       self._waiting.enter_context(self.in_sampler())
+    if samples and self._sampling:
+      self.sampler.enter()
     self._asking.add(task)
+    self._sampling += samples
     try:
       yield
     finally:
       self._asking.discard(task)
-      if self._asking:
+      self._sampling -= samples
+      if samples and self._sampling:
         self.sampler.leave()
-      else:
+      if not self._asking:
         self._waiting.close()
 
   # --- what was recorded -------------------------------------------------------------------------
@@ -387,21 +412,3 @@ def _current() -> asyncio.Task:
 
 
 _MOST_ERRORS = 8  # kept with an experience
-
-
-def find_workflow(name: str) -> Workflow:
-  """Returns a built-in workflow or the user's 'module:function' (or class, see adapt.as_workflow).
-
-  Raises:
-    UserError: no such workflow.
-  """
-  from trinity_jax.explorer.workflows import WORKFLOWS  # they import this module
-
-  if name in WORKFLOWS:
-    return as_workflow(WORKFLOWS[name], name)
-  if ":" in name:
-    return as_workflow(plugins.load(name, "workflow"), name)
-  raise UserError(
-    f"config.taskset.workflow = {name!r}: no such workflow{suggestion(name, WORKFLOWS)} (or name "
-    "your own as 'module:function')"
-  )

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from trinity_jax.experience import StopReason
-from trinity_jax.sampler import roofline
+from trinity_jax.sampler import roofline, scoring
 from trinity_jax.sampler.cache import bucket_for
 from trinity_jax.sampler.engine import Requests
 from trinity_jax.sampler.programs import Programs
@@ -111,6 +111,15 @@ class Driver:
     if self.slots.at(Stage.DECODE):
       self._decode(waiting, more)
     return self._collect(waiting)
+
+  def score(self, taken: Sequence[scoring.Asked]) -> list[np.ndarray]:
+    """Log-probs f32[n] of each of those that scoring.take took."""
+    programs = self._programs
+    args = scoring.rows_of(taken, programs.spec, programs.shards)
+    with self._timed("score"):
+      found = np.asarray(programs.score(self.params, *args))
+    self._counts["scored_tokens"] += sum(len(a.tokens) for a in taken)
+    return [found[i, : len(a.tokens)].copy() for i, a in enumerate(taken)]
 
   def _copy(self) -> None:
     copies = self.slots.copies()
@@ -295,13 +304,13 @@ class Driver:
     """Counters since the start.
 
     Tokens: sampled_tokens, prompt_tokens (computed), reused_tokens (prompt tokens found in the
-    cache). Decode: decode_steps, slot_steps (times all slots), busy_slot_steps (tokens), both
-    also while requests waited (queued_...). Seconds:
-    prefill_seconds, decode_seconds, wait_seconds (nothing to do), host_seconds (the rest);
+    cache), scored_tokens. Decode: decode_steps, slot_steps (times all slots), busy_slot_steps
+    (tokens), both also while requests waited (queued_...). Seconds: prefill_seconds,
+    decode_seconds, score_seconds, wait_seconds (nothing to do), host_seconds (the rest);
     roofline_seconds (what decoding would have taken at best) where rates were given.
     """
     out = {**self._counts, "reused_tokens": self.slots.reused}
-    spent = sum(out[f"{k}_seconds"] for k in ("prefill", "decode", "wait"))
+    spent = sum(out[f"{k}_seconds"] for k in ("prefill", "decode", "score", "wait"))
     if self._rates is None:
       del out["roofline_seconds"]
     return {**out, "host_seconds": max(0.0, time.perf_counter() - self._opened - spent)}
@@ -320,7 +329,7 @@ class Driver:
 _COUNTS = (
   "sampled_tokens", "prompt_tokens", "decode_steps", "slot_steps", "busy_slot_steps",
   "queued_slot_steps", "queued_busy_slot_steps",
-  "prefill_seconds", "decode_seconds", "wait_seconds",
+  "scored_tokens", "prefill_seconds", "decode_seconds", "score_seconds", "wait_seconds",
   "roofline_seconds",
 )  # fmt: skip
 

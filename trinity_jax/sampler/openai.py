@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import StopReason
 from trinity_jax.models.presets import ModelConfig
@@ -217,6 +219,17 @@ class OpenAIEngine:
         return await self._in_turn(request)
     except TimeoutError:  # the deadline's; httpx's are told by _post
       return join((), StopReason.TIMEOUT)
+
+  async def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    """Refused: a remote server is only asked for what it samples itself.
+
+    Raises:
+      UserError: always.
+    """
+    raise UserError(
+      f"{self._base}: log-probs of given tokens are not asked of a remote engine; use "
+      "config.sampler.engine = 'native'"
+    )
 
   def _attach(self) -> None:
     """Makes the client on first use, in the loop that uses it."""

@@ -14,7 +14,7 @@ from trinity_jax.checksums import verify
 from trinity_jax.errors import UserError
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import transformer
-from trinity_jax.sampler import engine
+from trinity_jax.sampler import engine, scoring
 from trinity_jax.sampler.engine import SLOTS, DecodeState, EngineSpec, Requests
 
 
@@ -66,6 +66,7 @@ class Programs:
   Args:
     param_shardings: of the parameters on `mesh`, as published.
     source: launch order of the mesh that publishes, where it is another one.
+    scores: whether `score` is compiled too.
   """
 
   def __init__(
@@ -78,8 +79,9 @@ class Programs:
     prompt_lengths: tuple[int, ...],
     prompt_counts: tuple[int, ...],
     source: LaunchOrder | None = None,
+    scores: bool = False,
   ):
-    self.spec = spec
+    self.spec, self.scores = spec, scores
     self.prompt_lengths, self.prompt_counts = prompt_lengths, prompt_counts
     self.live_lengths = spec.live_lengths
     self.shards = shards_of(mesh)
@@ -94,7 +96,8 @@ class Programs:
   def count(self) -> int:
     """Programs that `warmup` compiles."""
     extends = len(self.prompt_lengths) * len(self.prompt_counts)
-    return 3 + extends + len(self.prompt_counts) + 2 * len(self.live_lengths)
+    scores = len(scoring.lengths(self.spec)) if self.scores else 0
+    return 3 + extends + len(self.prompt_counts) + 2 * len(self.live_lengths) + scores
 
   def warmup(self, params: Any) -> None:
     """Compiles every program; afterwards a call compiles nothing.
@@ -152,6 +155,13 @@ class Programs:
         (state_sh, slots, slots, slots), state_sh,
         state, ints(S), ints(S), ints(shards), donate=0,
       )  # fmt: skip
+    for T in scoring.lengths(spec) if self.scores else ():
+      P = scoring.rows(spec, T, shards)
+      add(
+        ("score", P, T), functools.partial(scoring.score, spec),
+        (self._params, slots, slots, slots), rep,
+        params, ints(P, T), ints(P), jax.ShapeDtypeStruct((P,), jnp.float32),
+      )  # fmt: skip
     mask = jax.ShapeDtypeStruct((S,), jnp.bool_)
     add("release", engine.release, (state_sh, slots), state_sh, state, mask, donate=0)
 
@@ -193,6 +203,10 @@ class Programs:
     """Returns (state, steps done)."""
     args = (np.int32(version), np.int32(max_steps), np.int32(enough_free))
     return self._run(("generate", live), params, state, *args)
+
+  def score(self, params, tokens, counts, temperature):
+    """tokens i32[P, T] of a compiled shape; see scoring.score. Returns f32[P, T]."""
+    return self._run(("score", *tokens.shape), params, tokens, counts, temperature)
 
   def release(self, state, mask) -> DecodeState:
     return self._run("release", state, mask)

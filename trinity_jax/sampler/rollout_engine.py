@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from trinity_jax.sampler.request import Completion, Request
 
 
@@ -19,6 +21,18 @@ class Member(Protocol):
     Raises:
       UserError: a request that this engine does not serve.
       RunFailed: the engine has died, was closed or cannot get an answer.
+    """
+    ...
+
+  async def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    """Log-probs f32[n] of given tokens under softmax(logits / temperature) of the newest weights.
+
+    Each is given the tokens before it; the first, which has none, gets 0. Nothing is sampled.
+
+    Raises:
+      UserError: more tokens than the engine serves, an unknown token, or an engine that was not
+        set up to score.
+      RunFailed: the engine has died or was closed.
     """
     ...
 

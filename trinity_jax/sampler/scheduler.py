@@ -15,8 +15,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+
 from trinity_jax.errors import RunFailed, UserError, suggestion
 from trinity_jax.experience import StopReason
+from trinity_jax.sampler import scoring
 from trinity_jax.sampler.driver import Driver
 from trinity_jax.sampler.programs import Programs
 from trinity_jax.sampler.request import Completion, Request, check, join
@@ -79,6 +82,8 @@ class Sampler:
     self._accepted: dict[Future, Open] = {}  # all that have not ended, wherever they are
     self._waiting: list[Open] = []
     self._handed: dict[Future, Open] = {}  # went to another sampler
+    self._scores: list[scoring.Asked] = []  # wait for log-probs
+    self._scored: list[scoring.Asked] = []  # of the dispatch under way
     self._busy = 0
     self._next_params: tuple[int, Any] | None = None
     self._paused = self._idle = False
@@ -172,7 +177,7 @@ class Sampler:
       if self._paused or self._ended:
         return
       self.pause()  # the thread stays where it is until the lock is given back
-      if not self._accepted and self._next_params is None:
+      if not self._accepted and not self._scores and self._next_params is None:
         self._driver.release()
       self.resume()
 
@@ -269,6 +274,18 @@ class Sampler:
     finally:
       self.abort(future)
 
+  async def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    """See Member.logprobs. Scored between two dispatches, also while admission waits for a run."""
+    if not self._programs.scores:
+      raise UserError("log-probs of given tokens need config.sampler.scores = True")
+    asked = scoring.ask(tokens, temperature, self._programs.spec)
+    with self.participant():  # who waits for it may ask for samples next
+      with self._changed:
+        self._refuse_if_closed()
+        self._scores.append(asked)
+        self._changed.notify_all()
+      return await asyncio.wrap_future(asked.future)
+
   def abort(self, future: Future) -> None:
     """Gives a request up: it ends at the next dispatch boundary with what it has (ABORTED).
 
@@ -321,8 +338,10 @@ class Sampler:
       self._driver.open()
       while (work := self._next()) != "stop":
         self._drop()
-        if work == "go":
+        if work in ("go", "score"):
           self._swap()
+          self._score()
+        if work == "go":
           self._admit()
           ended = self._driver.step(bool(self._waiting), more=not self._deterministic)
           for open_, completion in ended:
@@ -352,26 +371,37 @@ class Sampler:
       opens, self._accepted, self._waiting = list(self._accepted.values()), {}, []
       self._driver.abandon()
       self._changed.notify_all()
+      scores, self._scores = self._scores, []
+    for asked in scores:
+      if asked.future.set_running_or_notify_cancel():
+        self._scored.append(asked)
     for open_ in opens:
       self._hand_back(open_)
       open_.future.set_exception(self._failure())
+    for asked in self._scored:
+      asked.future.set_exception(self._failure())
+    self._scored = []
 
   def _next(self) -> str:
-    """Blocks until there is something to do: "stop", "go", or "drop" (only clear up)."""
+    """Blocks until there is something to do: "stop", "go", "score" or "drop" (only clear up)."""
     with self._changed:
       while True:
-        open_ = bool(self._accepted)
+        open_, scores = bool(self._accepted), bool(self._scores)
         have_params = self._params_known or self._next_params is not None
-        if self._stopping or (self._draining and not (open_ and have_params)):
+        if self._stopping or (self._draining and not ((open_ or scores) and have_params)):
           return "stop"
         busy = self._deterministic and self._busy > 0 and not self._draining
-        if open_ and have_params and not self._paused and not busy:
+        ready = have_params and not self._paused
+        if open_ and ready and not busy:
           linger = self._linger_until - time.monotonic() if self._busy > 0 else 0.0
           if self._deterministic or self._draining or linger <= 0:
             return "go"
-          with self._driver.waiting():
-            self._changed.wait(linger)
-          continue
+          if not scores:
+            with self._driver.waiting():
+              self._changed.wait(linger)
+            continue
+        if scores and ready:
+          return "score"
         due = self._due()
         if due <= time.monotonic():
           return "drop"
@@ -419,6 +449,16 @@ class Sampler:
     self._driver.set_params(version, params)
     with self._changed:
       self.version = version
+
+  def _score(self) -> None:
+    """One dispatch of the log-probs that are waited for."""
+    with self._changed:
+      taken = scoring.take(self._scores, self._programs.spec, self._programs.shards)
+      self._scored = taken  # so that they fail where the dispatch does
+    if taken:
+      for asked, logprobs in zip(taken, self._driver.score(taken)):
+        asked.future.set_result(logprobs)
+    self._scored = []
 
   def _admit(self) -> None:
     """Fills free slots in order; equal prompts share one prefill."""

@@ -27,7 +27,7 @@ from trinity_jax.explorer.environments.process import (
   EnvironmentRaised,
   Processes,
 )
-from trinity_jax.explorer.workflow import find_workflow
+from trinity_jax.explorer.workflows import find_workflow
 from trinity_jax.explorer.workflows.multi_turn import play
 
 FLAKY = "trinity_jax.explorer.environments.flaky:Flaky"

@@ -12,8 +12,7 @@ import pytest
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
 from trinity_jax.explorer.environments.environment import Step
-from trinity_jax.explorer.workflow import find_workflow
-from trinity_jax.explorer.workflows import multi_turn
+from trinity_jax.explorer.workflows import find_workflow, multi_turn
 from trinity_jax.explorer.workflows.multi_turn import play
 from trinity_jax.tasks import frozen_lake
 

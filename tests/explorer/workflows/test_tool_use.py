@@ -9,7 +9,7 @@ import pytest
 
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
-from trinity_jax.explorer.workflow import find_workflow
+from trinity_jax.explorer.workflows import find_workflow
 
 
 class Scripted:
