@@ -8,7 +8,8 @@
   --tokenizer=DIR    HF folder whose tokenizer.json turns ids into text; default: the run's own
 
 Prints an address that holds a token; whoever has it can read the run. Nothing is written. Rollouts
-are deleted once they have been trained on, unless the run has --config.buffer.keep=True.
+are read where the run's config.json says they are, in its folder or in PostgreSQL. They are deleted
+once they have been trained on, unless the run has --config.buffer.keep=True.
 """
 
 from __future__ import annotations

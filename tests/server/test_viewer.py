@@ -18,6 +18,7 @@ from trinity_jax.server.viewer import Viewer
 from trinity_jax.server.viewer.app import STATIC
 from trinity_jax.server.viewer.folder import Folder, _thin
 from trinity_jax.server.viewer.index import Index, Query
+from trinity_jax.server.viewer.stores import SqliteStore
 
 
 @pytest.fixture
@@ -149,7 +150,7 @@ def test_deleted_rollouts_are_said_to_be(tmp_path):
 
 def test_what_changes_is_indexed_anew(run):
   """As after a resume, which takes back what an unfinished step had."""
-  index = Index(run.stage / "buffer.sqlite")
+  index = Index(SqliteStore(run.stage / "buffer.sqlite"))
   first = index.refresh()
   assert index.refresh()["generation"] == first["generation"]
   other = sqlite3.connect(run.stage / "buffer.sqlite")
@@ -167,11 +168,12 @@ def test_a_stage_without_rollouts_and_a_folder_that_is_a_stage(run, tmp_path):
   shutil.copytree(run.stage, tmp_path / "alone", ignore=shutil.ignore_patterns("buffer*"))
   folder = Folder(tmp_path / "alone")
   assert folder.stages() == ["."]
-  assert "No rollouts on disk" in folder.describe(".")["note"]
+  assert "No rollouts are kept" in folder.describe(".")["note"] and folder.index(".") is None
   assert Folder(run.stage).pieces(".", [30])[1].endswith("model")  # beside the stage
   (tmp_path / "alone" / "buffer.sqlite").write_bytes(b"no database" * 100)
+  assert "is no buffer of a run" in folder.describe(".")["note"]
   with pytest.raises(UserError, match="is no buffer of a run"):
-    folder.describe(".")
+    Index(SqliteStore(tmp_path / "alone" / "buffer.sqlite")).refresh()
   with pytest.raises(UserError, match="is no folder"):
     Folder(tmp_path / "nowhere")
 

@@ -24,13 +24,13 @@ HOSTILE = (
 class MadeUpRun:
   """Writes a run as the parts do; `add` and `log` go on with it."""
 
-  def __init__(self, folder: Path, keep: bool = True):
+  def __init__(self, folder: Path, keep: bool = True, url: str = "sqlite", namespace: str = ""):
     self.folder, self.stage = folder, folder / "grpo"
     (folder / "model").mkdir(parents=True)
     write_byte_tokenizer(folder / "model", vocab_size=320, max_length=4096)
     self.tokenizer = Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
     self._metrics = JsonlWriter(self.stage / "metrics.jsonl")
-    self._store = open_store("sqlite", self.stage)
+    self._store = open_store(url, self.stage, namespace=namespace)
     self._buffer = ReplayBuffer(self._store, capacity=999, order="id", tasks_per_step=2, keep=keep)
 
   def experience(self, id: ExperienceId, turns: list[str], **more) -> Experience:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.server.viewer import records
 from trinity_jax.server.viewer.folder import WATCHED, Folder
-from trinity_jax.server.viewer.index import Query
+from trinity_jax.server.viewer.index import Page, Query
 
 if TYPE_CHECKING:
   from starlette.applications import Starlette
@@ -198,8 +198,10 @@ def _rollouts(folder: Folder, params: Any) -> dict[str, Any]:
   offset = max(_read(params, "offset", int) or 0, 0)
   limit = min(max(_read(params, "limit", int) or PAGE, 1), LONGEST_PAGE)
   index = folder.index(params.get("stage", ""))
-  index.refresh()
-  page = index.search(query, offset, limit)
+  page = Page([], 0, 0, 0)
+  if index is not None:
+    index.refresh()
+    page = index.search(query, offset, limit)
   return {**page._asdict(), "rows": [records.row_json(r) for r in page.rows], "offset": offset}
 
 
@@ -211,7 +213,7 @@ def _rollout(folder: Folder, params: Any) -> dict[str, Any] | None:
     raise UserError(f"id = {id[:80]!r}; expected step/task/run/step such as 1/0/0/0") from e
   index = folder.index(stage)
   first = max(_read(params, "first", int) or 0, 0)
-  if max(map(abs, (batch, task, run, step))) >= 1 << 63:  # beyond what SQLite can hold
+  if index is None or max(map(abs, (batch, task, run, step))) >= 1 << 63:  # beyond databases
     return None
   experience = index.load((batch, task, run, step))
   if experience is None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trinity_jax.errors import UserError
+from trinity_jax.config import resolve, stage_configs
+from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.monitor.writers import FILE as METRICS
 from trinity_jax.monitor.writers import read_stage
-from trinity_jax.server.viewer.index import FILE as BUFFER
-from trinity_jax.server.viewer.index import Index
+from trinity_jax.server.viewer.index import EMPTY, Index
+from trinity_jax.server.viewer.stores import FILE as BUFFER
+from trinity_jax.server.viewer.stores import SqliteStore, Store
 
+NAMESPACE = "buffer.namespace"  # of a stage whose buffer is in PostgreSQL
 _LONGEST_CHARACTER = 6  # tokens that are tried together
 POINTS = 600  # of a curve that are sent at most
-WATCHED = (METRICS, BUFFER, f"{BUFFER}-wal", "stage.json")  # files whose changes the page shows
+# Files whose changes the page shows; of a buffer elsewhere it hears when metrics are written.
+WATCHED = (METRICS, BUFFER, f"{BUFFER}-wal", NAMESPACE, "stage.json")
 
 
 class Folder:
@@ -58,23 +63,46 @@ class Folder:
       )
     return self.path / name
 
-  def index(self, name: str) -> Index:
-    path = self.stage(name) / BUFFER
+  def index(self, name: str) -> Index | None:
+    """Of a stage's rollouts; None where nothing that can be read has any.
+
+    Raises:
+      UserError: the run's config.json does not say where they are.
+    """
+    store = self._store(name)
     with self._lock:
-      return self._indices.setdefault(name, Index(path))
+      return None if store is None else self._indices.setdefault(name, Index(store))
+
+  def _store(self, name: str) -> Store | None:
+    folder = self.stage(name)
+    if (folder / BUFFER).is_file():
+      return SqliteStore(folder / BUFFER)
+    buffer, stage = self._configured_buffer(name)
+    kind, _, rest = buffer.get("url", "").partition("://")
+    if kind == "sqlite" and rest:
+      return SqliteStore(Path(rest.removeprefix("/")))
+    if kind.partition("+")[0] != "postgresql":
+      return None
+    prefix, own = buffer["namespace"], folder / NAMESPACE
+    if not prefix and not own.is_file():
+      return None
+    from trinity_jax.server.viewer.store_postgres import PostgresStore
+
+    return PostgresStore(buffer["url"], f"{prefix}_{stage}" if prefix else own.read_text())
 
   def describe(self, name: str) -> dict[str, Any]:
     """What the page says of a stage: counts, and why rollouts are missing."""
-    folder = self.stage(name)
-    counts = self.index(name).refresh()
-    finished = (folder / "stage.json").is_file()
+    finished, problem, index = (self.stage(name) / "stage.json").is_file(), "", None
+    counts = EMPTY
+    try:
+      index = self.index(name)
+      counts = EMPTY if index is None else index.refresh()
+    except (UserError, RunFailed) as e:  # its curves can be seen all the same
+      problem = f"Rollouts cannot be read: {e}"
+    note = problem or _note(counts, index is not None)
     return {
-      "name": name,
-      "finished": finished,
-      "has_buffer": (folder / BUFFER).is_file(),
-      "note": _note(counts, (folder / BUFFER).is_file()),
-      **counts,
-    }
+      "name": name, "finished": finished, "has_buffer": index is not None, "note": note, **counts
+    }  # fmt: skip
 
   def curves(self, name: str, names: Sequence[str]) -> dict[str, Any]:
     """All metric names, and [[step, value], ...] of those asked for (at most POINTS each).
@@ -103,11 +131,26 @@ class Folder:
     if self._tokenizer:
       return [self._tokenizer]
     places = [self.stage(name) / "hf", self.path / "model", self.path.parent / "model"]
-    for config in (self.path / "config.json", self.path.parent / "config.json"):
-      if config.is_file():
-        path = _configured_model(config)
-        places += [Path(path)] if path else []
+    for config in self._configs():
+      path = _configured_model(config)
+      places += [Path(path)] if path else []
     return [p for p in places if (p / "tokenizer.json").is_file()]
+
+  def _configs(self) -> list[Path]:
+    both = (self.path / "config.json", self.path.parent / "config.json")
+    return [p for p in both if p.is_file()]
+
+  def _configured_buffer(self, name: str) -> tuple[dict[str, Any], str]:
+    """(keys of config.buffer, name in the config) of a stage; ({}, "") without a config."""
+    folder = self.stage(name).name
+    for config in self._configs():
+      try:
+        stages = stage_configs(resolve(json.loads(config.read_bytes())))
+      except (OSError, ValueError, TypeError, AttributeError) as e:  # UserErrors are ValueErrors
+        raise UserError(f"{config}: is no config of a run that this version knows: {e}") from e
+      found = [s for s in stages if s.name == folder] or stages[:1]
+      return dataclasses.asdict(found[0].buffer), found[0].name
+    return {}, ""
 
   def _load(self, folder: Path) -> Any:
     from tokenizers import Tokenizer
@@ -137,7 +180,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _is_stage(folder: Path) -> bool:
-  return (folder / METRICS).is_file() or (folder / BUFFER).is_file()
+  return any((folder / name).is_file() for name in (METRICS, BUFFER, NAMESPACE))
 
 
 def _began(folder: Path) -> tuple[float, str]:
@@ -149,11 +192,11 @@ def _began(folder: Path) -> tuple[float, str]:
     return math.inf, folder.name
 
 
-def _note(counts: dict[str, int], has_buffer: bool) -> str:
+def _note(counts: Mapping[str, int], has_buffer: bool) -> str:
   if not has_buffer:
     return (
-      "No rollouts on disk: this stage samples nothing, or keeps its buffer in memory or in "
-      "PostgreSQL (the viewer reads SQLite)."
+      "No rollouts are kept: this stage samples nothing, has not begun to, or keeps its buffer in "
+      "memory."
     )
   if counts["deleted"]:
     return (

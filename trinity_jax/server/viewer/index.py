@@ -1,39 +1,33 @@
-"""Finds rollouts in a stage's buffer.sqlite: an index that follows a growing file, and search.
+"""Finds rollouts in a stage's replay buffer: an index that follows a growing one, and search.
 
-Only the JSON header of a record is read for the index (token arrays may be megabytes), through
-SQLite's incremental blob access. The database is opened read-only, one short transaction at a time,
-so a run that writes to it is never held up.
+Only the JSON header of a record is read for the index (token arrays may be megabytes), and nothing
+is ever written, see `stores`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from trinity_jax.errors import RunFailed, UserError
+from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Source, StopReason
+from trinity_jax.server.viewer.stores import Key, Reader, Store
 
-FILE = "buffer.sqlite"
 SEARCH_SECONDS = 10.0  # a text search says how far it came by then
-_BUSY = 10.0  # seconds to wait for a writer
-_LONGEST_HEADER = 64 << 20  # bytes; safetensors' own limit is 100 MB
 ORDERS = ("newest", "oldest", "highest", "lowest")
-
-Key = tuple[int, int, int, int]  # (batch, task, run, step)
+EMPTY: dict[str, int] = dict.fromkeys(
+  ["groups", "deleted", "waiting", "experiences", "generation"], 0
+)  # what `refresh` says of nothing
 
 
 class Row(NamedTuple):
   """What lists show of an experience."""
 
   key: Key
-  rowid: int
   reward: float | None
   stop_reason: int
   source: int
@@ -113,12 +107,12 @@ class Index:
   """The rollouts of one stage; thread-safe.
 
   Raises:
-    UserError: the file is no buffer of ours.
-    RunFailed: it is locked for longer than a few seconds, or unreadable.
+    UserError: the store is no buffer of ours.
+    RunFailed: it is locked for longer than a few seconds, cannot be reached, or is unreadable.
   """
 
-  def __init__(self, path: Path):
-    self.path = path
+  def __init__(self, store: Store):
+    self.store = store
     self._lock = threading.Lock()
     self._groups: dict[tuple[int, int], tuple[Any, list[Row]]] = {}
     self._counts = {"groups": 0, "deleted": 0, "waiting": 0}
@@ -129,20 +123,18 @@ class Index:
     """Reads what is new; returns counts: groups, deleted (groups without experiences), waiting
     (groups that wait for a reward), experiences, generation (changes when anything does)."""
     with self._lock:
-      if self.path.is_file():
-        with _opened(self.path) as connection:
-          self._read_groups(connection)
+      if self.store.exists():
+        with self.store.opened() as reader:
+          self._read_groups(reader)
       elif self._groups:  # removed while we looked
         self._groups, self._generation = {}, self._generation + 1
         self._counts = dict.fromkeys(self._counts, 0)
       rows = sum(len(rows) for _, rows in self._groups.values())
       return {**self._counts, "experiences": rows, "generation": self._generation}
 
-  def _read_groups(self, connection: sqlite3.Connection) -> None:
+  def _read_groups(self, reader: Reader) -> None:
     found, changed = {}, []
-    for batch, task, payload, pending, version, digest in connection.execute(
-      "SELECT batch, task, payload, pending, version, digest FROM groups"
-    ):
+    for batch, task, payload, pending, version, digest in reader.groups():
       sign = (payload, pending, version, digest)
       found[batch, task] = sign
       known = self._groups.get((batch, task))
@@ -153,7 +145,7 @@ class Index:
       del self._groups[key]
     for key in changed:
       sign = found[key]
-      rows = list(_read_rows(connection, key, sign[2])) if sign[0] else []
+      rows = list(_read_rows(reader, key, sign[2])) if sign[0] else []
       self._groups[key] = sign, rows
     self._generation += bool(gone or changed)
     self._counts = {
@@ -178,11 +170,11 @@ class Index:
 
   def _with_text(self, rows: list[Row], text: str) -> tuple[list[Row], int]:
     end, wanted, out = time.monotonic() + SEARCH_SECONDS, text.casefold(), []
-    with _opened(self.path) as connection:
+    with self.store.opened() as reader:
       for i, row in enumerate(rows):
         if time.monotonic() > end:
           return out, i
-        header = _header(connection, row.rowid)
+        header = _parsed(reader.header(row.key))
         if header and any(wanted in c.casefold() for c in _contents(header)):
           out.append(row)
     return out, len(rows)
@@ -194,64 +186,22 @@ class Index:
 
   def load(self, key: Key) -> Experience | None:
     """The experience, None when it is not (or no longer) stored."""
-    if not self.path.is_file():
+    if not self.store.exists():
       return None
-    with _opened(self.path) as connection:
-      found = connection.execute(
-        "SELECT data FROM experiences WHERE batch = ? AND task = ? AND run = ? AND step = ?", key
-      ).fetchone()
-    return Experience.from_bytes(found[0]) if found else None
+    with self.store.opened() as reader:
+      data = reader.record(key)
+    return None if data is None else Experience.from_bytes(data)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-  """A read-only connection; SQLite's errors as ours."""
-  # Where the folder is read-only too, SQLite cannot make the files it coordinates with; then nobody
-  # writes either, unless there is a log that was not merged.
-  mode = "mode=ro"
-  connection = None
-  try:
-    try:
-      connection = _connect(path, mode)
-    except sqlite3.OperationalError:
-      log = path.with_name(path.name + "-wal")
-      if log.exists() and log.stat().st_size:
-        raise
-      connection = _connect(path, "mode=ro&immutable=1")
-    yield connection
-  except sqlite3.DatabaseError as e:
-    if isinstance(e, sqlite3.OperationalError) and "no such table" not in str(e):
-      raise RunFailed(f"{path}: cannot be read: {e}") from e
-    raise UserError(f"{path}: is no buffer of a run ({e}), or a damaged one") from e
-  finally:
-    if connection is not None:
-      connection.close()
-
-
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
-  uri = f"{path.absolute().as_uri()}?{mode}"
-  connection = sqlite3.connect(uri, uri=True, timeout=_BUSY, isolation_level=None)
-  try:
-    connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-  except BaseException:  # leaves nothing open, then goes on up
-    connection.close()
-    raise
-  return connection
-
-
-def _read_rows(connection: sqlite3.Connection, key: tuple[int, int], version: int) -> Iterator[Row]:
-  found = connection.execute(
-    "SELECT rowid, run, step FROM experiences WHERE batch = ? AND task = ? ORDER BY run, step", key
-  ).fetchall()
-  for rowid, run, step in found:
-    header = _header(connection, rowid)
+def _read_rows(reader: Reader, group: tuple[int, int], version: int) -> Iterator[Row]:
+  for key, text in reader.headers(group):
+    header = _parsed(text)
     if header is None:
       continue
     contents = _contents(header)
     reward = header.get("reward")
     yield Row(
-      (*key, run, step),
-      rowid,
+      key,
       float(reward) if isinstance(reward, (int, float)) else None,
       int(header.get("stop_reason", StopReason.RUNNING)),
       int(header.get("source", Source.ROLLOUT)),
@@ -261,22 +211,13 @@ def _read_rows(connection: sqlite3.Connection, key: tuple[int, int], version: in
     )
 
 
-def _header(connection: sqlite3.Connection, rowid: int) -> dict[str, Any] | None:
+def _parsed(text: bytes | None) -> dict[str, Any] | None:
   """What Experience.to_bytes wrote beside the arrays; None for a record that is gone or damaged."""
   try:
-    with connection.blobopen("experiences", "data", rowid, readonly=True) as blob:
-      size = int.from_bytes(blob.read(8), "little")
-      if not 0 < size <= min(len(blob), _LONGEST_HEADER):
-        return None
-      text = blob.read(size)
-    header = json.loads(json.loads(text)["__metadata__"]["experience"])
+    header = json.loads(json.loads(text or b"")["__metadata__"]["experience"])
     return header if isinstance(header, dict) else None
   except (ValueError, KeyError, TypeError, RecursionError):
     return None
-  except sqlite3.OperationalError as e:
-    if "no such rowid" in str(e):  # deleted between two statements
-      return None
-    raise
 
 
 def _contents(header: dict[str, Any]) -> list[str]:
