@@ -173,7 +173,7 @@ def test_chats_that_extend_continue_the_log_and_match_a_token_run(world):
     first = await model.chat([said("a")])
     log = [said("a"), said(first, "assistant"), said("b")]
     await model.chat(log)
-    return [d.columns() for d in model.dialogues]
+    return [d.columns() for d in model._logs.all]
 
   (log,), model = play(world, talk)
   mask = log["action_mask"]
@@ -221,7 +221,7 @@ def test_a_cancelled_chat_leaves_no_trace_and_a_closed_model_answers_no_more(wor
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
       await call
-    assert not model.dialogues
+    assert not model._logs.all
     text = await model.chat([said("a")])
     model.close()
     with pytest.raises(ValueError, match="run 1/0/0/0 has ended"):

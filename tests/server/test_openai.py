@@ -229,7 +229,7 @@ def test_reasoning_that_clients_send_back_or_drop_continues_the_log(served, up, 
         messages += [(message, plain, whole)[i % 3], {"role": "user", "content": "and"}]
 
   served.run(sampler, talk)
-  assert model.turns == 4 and model.forks == 0 and len(model.dialogues) == 1
+  assert model.turns == 4 and model.forks == 0 and len(model.logs) == 1
 
 
 def test_what_rewrites_history_forks(served, up):

@@ -92,7 +92,7 @@ class Replay:
 def test_flagged_tokens_are_those_of_a_replay_that_swaps_at_the_same_token(served):
   policies = policies_of(served)
   asked, e = agent_while_weights_change(served, "keep", policies)
-  ends = [turn.tokens for turn in asked.dialogues[0].turns]
+  ends = [turn.tokens for turn in asked.logs[0].turns]
   starts = [int(np.flatnonzero(e.action_mask[a:])[0]) + a for a in [0, *ends[:-1]]]
   with served.sampler("keep", steps=1) as sampler:
     model = served.model(Replay(sampler, policies, e), None, limit=24)

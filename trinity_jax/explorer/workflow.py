@@ -11,14 +11,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import (
-  AbstractContextManager,
-  ExitStack,
-  asynccontextmanager,
-  contextmanager,
-  nullcontext,
-)
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +22,7 @@ from trinity_jax.experience import Experience, ExperienceId, StopReason, Task
 from trinity_jax.explorer import tool_calls
 from trinity_jax.explorer.answer import Answer, PromptTooLong, RunEnded, SamplingParams
 from trinity_jax.explorer.dialogue import LONG, Dialogue, Messages, Tools
+from trinity_jax.explorer.logs import Logs
 from trinity_jax.explorer.outcome import Returned, Reward, experiences_of, read_scores
 from trinity_jax.explorer.replies import Reply, sample
 from trinity_jax.explorer.threads import in_thread
@@ -80,8 +75,7 @@ class Model:
     self.in_sampler: Callable[[], AbstractContextManager] = nullcontext
     self.server: Any = None
     self.processes: Any = None
-    self.dialogues: list[Dialogue] = []
-    self._recent: list[Dialogue] = []  # logs by their last replies
+    self._logs = Logs(tokenizer)
     self.sampler, self._seed = sampler, seed
     self._max_prompt, self._stream, self._priority = max_prompt, stream, priority
     self._asking: set[asyncio.Task] = set()
@@ -102,14 +96,14 @@ class Model:
       PromptTooLong: the prompt exceeds sampler.max_prompt_length.
       ValueError: the prompt rewrites history, or another call has not ended yet.
     """
-    log = next(reversed(self._recent), None) or next(iter(self.dialogues), None) or self._begin()
+    log = self._logs.latest()
     if log.busy:
       raise ValueError(
         f"run {self.id}: a second call to the model before the first has ended; a run's turns form "
         "one token log, so await them one after the other"
       )
     tokens, seen = [int(t) for t in tokens], len(log.tokens)
-    async with self._held(log):
+    with self._logs.held(log):
       if tokens[:seen] != log.tokens:
         raise ValueError(
           f"run {self.id}: the prompt of turn {self.turns} does not start with the tokens of the "
@@ -150,8 +144,8 @@ class Model:
       single_call: keep the first of several tool calls only.
       ask: limit (tokens), stop (strings), seed, on_text; see `_turn`.
     """
-    log = self._log_for(messages, tools)
-    async with self._held(log):
+    log = self._logs.for_messages(messages, tools)
+    with self._logs.held(log):
       if sum(len(str(m.get("content"))) for m in messages) > LONG:
         prompt = await in_thread(log.prompt, messages, tools)
       else:
@@ -171,11 +165,8 @@ class Model:
 
   async def continue_tokens(self, tokens: Sequence[int], **ask: Any) -> Answer:
     """`generate` that begins a log of its own where the tokens extend none."""
-    fits = [
-      d for d in self.dialogues if not d.busy and list(tokens[: len(d.tokens)]) == d.tokens
-    ]
-    log = max(fits, key=lambda d: len(d.tokens), default=None) or self._begin()
-    async with self._held(log):
+    log = self._logs.for_tokens(tokens)
+    with self._logs.held(log):
       reply = await self._turn(log, list(tokens), **ask)
       log.record(tokens, reply.completion, None)
     self.text = reply.text
@@ -208,11 +199,11 @@ class Model:
     Raises:
       ValueError: no turn yet, or not a finite number.
     """
-    if not self._recent or not self._recent[-1].recorded:
+    if not self._logs.recent or not self._logs.recent[-1].recorded:
       raise ValueError(f"run {self.id}: a reward before the first reply; there is no turn it is of")
     if not math.isfinite(value):
       raise ValueError(f"run {self.id}: reward({value!r}): expected a finite number")
-    turn = self._recent[-1].turns[-1]
+    turn = self._logs.recent[-1].turns[-1]
     turn.reward = (turn.reward or 0.0) + float(value)
 
   def openai(self, *, sync: bool = False, **kwargs: Any) -> Any:
@@ -265,36 +256,6 @@ class Model:
 
   # --- one turn ----------------------------------------------------------------------------------
 
-  def _log_for(self, messages: Messages, tools: Tools) -> Dialogue:
-    """The log that the messages continue, or a new one."""
-    kept = [(d.extended_by(messages, tools), not d.busy, -d.number) for d in self.dialogues]
-    if not kept or max(kept)[0] == 0:
-      return self._begin()
-    turns, log = max(kept)[0], self.dialogues[kept.index(max(kept))]
-    if turns == len(log.turns) and not log.busy:
-      return log
-    return self._begin(log.branch(turns, self._number()))
-
-  def _number(self) -> int:
-    used = {d.number for d in self.dialogues}
-    return next(i for i in range(len(used) + 1) if i not in used)
-
-  def _begin(self, log: Dialogue | None = None) -> Dialogue:
-    log = log or Dialogue(self.tokenizer, self._number())
-    self.dialogues.append(log)
-    return log
-
-  @asynccontextmanager
-  async def _held(self, log: Dialogue) -> AsyncIterator[None]:
-    """Nobody else continues the log meanwhile; one without a reply of its own is dropped again."""
-    log.busy = True
-    try:
-      yield
-    finally:
-      log.busy = False
-      if not log.recorded:
-        self.dialogues.remove(log)
-
   def _order(self, log: Dialogue) -> tuple[int, ...]:
     return (self._stream, *self.id[:3], self.id.step + log.number, len(log.turns))
 
@@ -330,9 +291,9 @@ class Model:
     )
     with self._in_sampler():
       reply = await sample(self.sampler, request, self.tokenizer, stop=stop, on_text=on_text)
-    self.forks += not log.recorded and any(d.recorded for d in self.dialogues)
+    self.forks += not log.recorded and bool(self._logs.recorded)
     self.stop_reason, self.turns = reply.completion.stop_reason, self.turns + 1
-    self._recent = [*(d for d in self._recent if d is not log), log]
+    self._logs.replied(log)
     return reply
 
   def _refuse_if_closed(self) -> None:
@@ -364,7 +325,7 @@ class Model:
   @property
   def logs(self) -> list[Dialogue]:
     """The token logs with replies, in the order in which they began."""
-    return sorted((d for d in self.dialogues if d.recorded), key=lambda d: d.number)
+    return self._logs.recorded
 
   def experience(self, reward: Reward, info: dict[str, Any] | None = None) -> Experience:
     """The log of the last reply as one experience; see `experiences`."""
@@ -395,7 +356,7 @@ class Model:
     score = read_scores(reward, len(logs))
     if score is None:
       raise ValueError(f"run {self.id}: experiences(None): expected a reward")
-    recent = [d for d in self._recent if d.recorded]
+    recent = [d for d in self._logs.recent if d.recorded]
     kept = recent if most is None else recent[-most:]
     more: dict[str, Any] = {"forks": self.forks} if self.forks else {}
     if self.tool_errors:
