@@ -90,6 +90,11 @@ def test_curves_list_and_search(page):
   page.click("#filters button[type=submit]")
   page.wait_for_selector("#error:not([hidden])")
   assert "reward_min = 'nonsense'; expected a number" in page.inner_text("#error")
+  page.click("#defaults")  # what goes well does not hide it
+  page.wait_for_selector("figure[data-metric=other]", state="detached")
+  assert page.is_visible("#error")
+  page.click("#clear")
+  page.wait_for_selector("#error", state="hidden")
 
 
 def test_turns_masks_and_colours(page):

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STATIC = {"/": "viewer.html", "/viewer.js": "viewer.js", "/viewer.css": "viewer.css"}
+_FILES = ("viewer.js", "common.js", "curves.js", "rollout.js", "viewer.css")
+STATIC = {"/": "viewer.html", **{f"/{name}": name for name in _FILES}}
 PAGE, LONGEST_PAGE = 50, 500  # rollouts of a page
 _QUIET = 15.0  # seconds after which a stream of changes says that it is there
 _GAP = 0.5  # seconds between two changes that are told
