@@ -31,6 +31,7 @@ RULES: Rules = {
   "mlp": "tensor",
   "norm": None,
   "batch": ("data", "fsdp"),
+  "replicas": "data",
   "whole": None,
 }
 

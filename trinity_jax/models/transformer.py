@@ -136,9 +136,12 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
 
 def _embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
   with jax.named_scope("embed"):
-    # Rows are gathered by the batch's devices, so the width must not be split over them.
-    table = constrain(params["embed"], ("vocab", "whole"))
-    return table[tokens].astype(dtype or table.dtype)
+    # Each device looks its part of the width up for all rows; only then are the rows parted. So
+    # tokens and their vectors travel, not the table and its gradient, which are far larger.
+    table = constrain(params["embed"], ("vocab", "embed"))
+    rest = (None,) * (tokens.ndim - 1)
+    x = table[constrain(tokens, ("replicas", *rest))].astype(dtype or table.dtype)
+    return constrain(constrain(x, ("replicas", *rest, "embed")), ("batch", *rest, None))
 
 
 def _block(
