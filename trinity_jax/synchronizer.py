@@ -17,6 +17,14 @@ from trinity_jax.errors import RunFailed
 from trinity_jax.launch_order import LaunchOrder
 
 
+def publishing(shardings: Any, dtype: Any) -> Any:
+  """The jitted program params -> params as published: cast and resharded, always a copy."""
+  return jax.jit(
+    lambda params: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params),
+    out_shardings=shardings,
+  )
+
+
 class Synchronizer:
   """Holds the published versions; explorers wait for the one they need.
 
@@ -25,6 +33,8 @@ class Synchronizer:
 
   Args:
     pinned: whether a version stays although there are `keep` newer ones.
+    localize: where samplers have other devices than the ones that train: what was published -> what
+      they get.
   """
 
   def __init__(
@@ -37,18 +47,16 @@ class Synchronizer:
     timeout: float,
     bell: ThreadBell | None = None,
     pinned: Callable[[int], bool] = lambda version: False,
+    localize: Callable[[Any], Any] = lambda params: params,
   ):
-    self._pinned = pinned
-    self._cast = jax.jit(
-      lambda params: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params),
-      out_shardings=shardings,
-    )
+    self._pinned, self._localize = pinned, localize
+    self._cast = publishing(shardings, dtype)
     self._launch = launch
     self._keep = keep
     self._timeout = timeout
     self._bell = bell or ThreadBell()
     self._lock = threading.Lock()
-    self._versions: dict[int, Any] = {}
+    self._versions: dict[int, tuple[Any, Any]] = {}  # as published, as samplers get it
     self._waiters: list[tuple[int, Future]] = []
     self._closed: BaseException | None = None
     self._asked = False
@@ -74,11 +82,12 @@ class Synchronizer:
       source_launch=self._launch,
       published_launch=self._launch,
     )
+    local = self._localize(published)
     with self._lock:
       newest = max(self._versions, default=-1)
       if version <= newest:
         raise ValueError(f"version {version} published after version {newest}")
-      self._versions[version] = published
+      self._versions[version] = published, local
       for old in sorted(self._versions)[: -self._keep]:
         if not self._pinned(old):
           del self._versions[old]
@@ -102,7 +111,7 @@ class Synchronizer:
   def params(self, version: int) -> Any | None:
     """The published params of exactly this version, or None when no longer kept."""
     with self._lock:
-      return self._versions.get(version)
+      return self._versions.get(version, (None, None))[0]
 
   def _future(self, version: int) -> Future:
     future: Future = Future()
@@ -120,7 +129,7 @@ class Synchronizer:
     """The exact version when it is kept, else (after a resume) the newest."""
     with self._lock:
       found = version if version in self._versions else max(self._versions)
-      return found, self._versions[found]
+      return found, self._versions[found][1]
 
   async def wait_for(self, version: int) -> tuple[int, Any]:
     """Waits until `version` exists; returns (version, params).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,9 +107,21 @@ class Programs:
       params: as published, or their shapes and dtypes.
     """
     with jax.set_mesh(self.mesh):  # for the layout hints inside the model
-      self._compile(params)
+      for name, lower in self._declared(params).items():
+        self._compiled[name] = lower().compile()
 
-  def _compile(self, params: Any) -> None:
+  def lower(self, name: Any, params: Any) -> jax.stages.Lowered:
+    """One program, not compiled: ("extend", P, T), ("generate", live), "prepare" and so on.
+
+    Args:
+      params: as for `warmup`.
+    """
+    with jax.set_mesh(self.mesh):
+      return self._declared(params)[name]()
+
+  def _declared(self, params: Any) -> dict[Any, Callable[[], jax.stages.Lowered]]:
+    """What lowers each program, by name."""
+    out: dict[Any, Callable[[], jax.stages.Lowered]] = {}
     spec, state_sh, shards = self.spec, self.state_shardings, self.shards
     rep = NamedSharding(self.mesh, PartitionSpec())
     slots = NamedSharding(self.mesh, PartitionSpec(SLOTS))
@@ -120,11 +133,9 @@ class Programs:
 
     def add(name, f, inputs, outputs, *shapes, donate=None):
       jitted = jax.jit(f, in_shardings=inputs, out_shardings=outputs, donate_argnums=donate)
-      self._compiled[name] = jitted.lower(*shapes).compile()
+      out[name] = functools.partial(jitted.lower, *shapes)
 
-    self._compiled["init"] = (
-      jax.jit(functools.partial(engine.init_state, spec), out_shardings=state_sh).lower().compile()
-    )
+    add("init", functools.partial(engine.init_state, spec), (), state_sh)
     published = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     unstack = functools.partial(transformer.unstack, config=spec.model)
     add("prepare", unstack, (self._published,), self._params, published)
@@ -164,6 +175,7 @@ class Programs:
       )  # fmt: skip
     mask = jax.ShapeDtypeStruct((S,), jnp.bool_)
     add("release", engine.release, (state_sh, slots), state_sh, state, mask, donate=0)
+    return out
 
   def _run(self, name, *args):
     return self._launch(self._compiled[name], *args)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from trinity_jax.distributed import ALONE, World
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.trainer.state import TrainState
 
@@ -30,6 +31,7 @@ def terms_of_exactness(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     "device": jax.devices()[0].device_kind,
     "cores": _cores(),
     "mesh": dict(mesh.shape),
+    "processes": jax.process_count(),
     "libraries": {name: importlib.metadata.version(name) for name in libraries},
   }
 
@@ -54,12 +56,12 @@ def changed_terms(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 class Checkpointer:
-  """Saves and restores (TrainState, meta) under a directory."""
+  """Saves and restores (TrainState, meta) under a directory that all processes of `world` see."""
 
-  def __init__(self, directory: Path, keep: int):
+  def __init__(self, directory: Path, keep: int, world: World = ALONE):
     import orbax.checkpoint as ocp
 
-    self._ocp = ocp
+    self._ocp, self._world = ocp, world
     self._keep = keep
     self._directory = Path(directory).absolute()
     self._best_file = self._directory / "best.json"
@@ -92,7 +94,7 @@ class Checkpointer:
     with self._lock:
       self._saved.add(step)
       self._choose_best()
-      best = self.best().get("step")
+      best = self._world.agree(self.best().get("step"))
       old = {s for s in sorted(self._saved)[: -self._keep] if s != best}
       self._saved -= old
     for s in sorted(old):
@@ -112,6 +114,8 @@ class Checkpointer:
       self._choose_best()
 
   def _choose_best(self) -> None:
+    if not self._world.leader:
+      return
     step = max(self._saved & self._scores.keys(), key=lambda s: (self._scores[s], -s), default=None)
     if step is None or self._scores[step] <= self.best().get("score", float("-inf")):
       return

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from trinity_jax.algorithms.algorithm import Algorithm
@@ -15,6 +14,7 @@ from trinity_jax.config import Config
 from trinity_jax.errors import UserError
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
+from trinity_jax.placement import fetch, place
 from trinity_jax.trainer.scoring import Policy
 
 
@@ -30,12 +30,12 @@ class Frozen:
   def __init__(self, policy: Policy, params: Any, offload: bool):
     self.policy = policy
     self._shardings = jax.tree.map(lambda p: p.sharding, params)
-    self._kept = jax.tree.map(np.asarray, params) if offload else params
+    self._kept = fetch(params) if offload else params
 
   @property
   def params(self) -> Any:
     """The parameters as sharded arrays; copies, where they are kept in host memory."""
-    return jax.device_put(self._kept, self._shardings)
+    return place(self._kept, self._shardings)
 
 
 def frozen_models(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax.config import Config
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Batch, Experience
 from trinity_jax.trainer.extras import NO_EXTRAS, Extras
@@ -34,6 +36,23 @@ class PackSpec:
   def micros(self) -> int:
     """M: enough for one sequence per row, so that a step always fits."""
     return -(-self.sequences // self.rows)
+
+
+def pack_spec(config: Config, algorithm: Algorithm) -> PackSpec:
+  """The declared shapes of a config, of one update; rows are those of all devices together."""
+  longest = config.sampler.max_prompt_length + config.sampler.max_response_length
+  if algorithm.data == "preferences":
+    longest *= 2  # a pair shares a row
+  sequences = config.trainer.batch_size or config.explorer.batch_size * config.explorer.group_size
+  if not algorithm.supervised:
+    sequences *= config.explorer.max_logs
+  if algorithm.blend is not None:
+    sequences += config.experts.batch_size
+  return PackSpec(
+    row_lengths=tuple(sorted(config.trainer.row_lengths)) or (longest,),
+    rows=config.trainer.rows_per_micro,
+    sequences=sequences // config.trainer.minibatches,
+  )
 
 
 def assign_rows(

@@ -12,12 +12,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from trinity_jax.algorithms.algorithm import Algorithm
+from trinity_jax.algorithms.algorithm import SCORES, Algorithm
 from trinity_jax.config import Config
 from trinity_jax.experience import Batch
+from trinity_jax.models import transformer
+from trinity_jax.schedule import make_schedule
 from trinity_jax.trainer import step as train
 from trinity_jax.trainer.critic import Critic, compile_critic
 from trinity_jax.trainer.frozen import Frozen
+from trinity_jax.trainer.optimizer import make_optimizer
+from trinity_jax.trainer.packing import pack_spec
 from trinity_jax.trainer.scoring import Policy, score
 from trinity_jax.trainer.state import TrainState
 
@@ -69,28 +73,38 @@ class Programs(NamedTuple):
   held_out: Any
 
 
-def compile_programs(parts: Parts, state: TrainState, batch: Batch) -> Programs:
-  """Compiles for the shapes of `state` and `batch`; both may be arrays or shapes with shardings."""
-  c, algorithm, mesh = parts.config, parts.algorithm, parts.mesh
-  shapes = jax.tree.map(_shape, batch)
-  bare = dataclasses.replace(state, critic=None)
-  shardings = jax.tree.map(lambda x: x.sharding, bare)
-  fixed: dict[str, Any] = dict(
-    policy=parts.policy,
-    algorithm=algorithm,
-    num_groups=parts.num_groups,
-    max_response=c.sampler.max_response_length,
+def make_parts(
+  config: Config,
+  algorithm: Algorithm,
+  policy: Policy,
+  mesh: Mesh,
+  frozen: Mapping[str, Frozen],
+  critic: Critic | None,
+) -> Parts:
+  """What a config declares, around the models beside the policy."""
+  updates = config.trainer.minibatches
+  scores = tuple(
+    name for name in SCORES
+    # Later updates of a step change the policy that its first ones were compared with.
+    if name in algorithm.scores or (name == "prox_logprob" and updates > 1)
+  )  # fmt: skip
+  specs = transformer.abstract(policy.config)
+  optimizer = make_optimizer(config.optimizer, config.trainer.total_steps, specs, updates)
+  lagging = make_schedule(config.sync).max_lag > 0 and not algorithm.supervised
+  groups = pack_spec(config, algorithm).sequences
+  return Parts(
+    config, algorithm, policy, mesh, optimizer, frozen, critic, scores, lagging, groups
   )
 
-  def compiled(f, *args):
-    with jax.set_mesh(mesh):  # for the layout hints inside the model
-      return f.lower(*args).compile()
 
+def lower_step(parts: Parts, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+  """The train step for the shapes of `state` (without critic) and `batch`."""
+  c, bare = parts.config, dataclasses.replace(state, critic=None)
   step = train.compile_step(
-    mesh,
-    shardings,
+    parts.mesh,
+    jax.tree.map(lambda x: x.sharding, bare),
     batch,
-    **fixed,
+    **_fixed(parts),
     optimizer=parts.optimizer,
     seed=c.seed,
     frozen_steps=c.critic.warmup if parts.critic else 0,
@@ -98,20 +112,43 @@ def compile_programs(parts: Parts, state: TrainState, batch: Batch) -> Programs:
     kl_horizon=c.algorithm.kl_horizon,
   )
   number = jax.ShapeDtypeStruct((), np.int32)
+  with jax.set_mesh(parts.mesh):  # for the layout hints inside the model
+    return step.lower(jax.tree.map(_shape, bare), jax.tree.map(_shape, batch), number)
+
+
+def _fixed(parts: Parts) -> dict[str, Any]:
+  """Static keywords that the step shares with the evaluation of held-out texts."""
+  return dict(
+    policy=parts.policy,
+    algorithm=parts.algorithm,
+    num_groups=parts.num_groups,
+    max_response=parts.config.sampler.max_response_length,
+  )
+
+
+def compile_programs(parts: Parts, state: TrainState, batch: Batch) -> Programs:
+  """Compiles for the shapes of `state` and `batch`; both may be arrays or shapes with shardings."""
+  mesh, shapes = parts.mesh, jax.tree.map(_shape, batch)
+  shardings = jax.tree.map(lambda x: x.sharding, state.params)
+
+  def compiled(f, *args):
+    with jax.set_mesh(mesh):  # for the layout hints inside the model
+      return f.lower(*args).compile()
+
   scoring = functools.cache(functools.partial(_scoring, mesh, batch, compiled))
   own = _Like(state.params)
   outputs = tuple(OUTPUTS[name] for name in parts.scores)
   values, critic = _critic(parts, state, batch, compiled)
   held_out = None
-  if c.eval.texts:
+  if parts.config.eval.texts:
     held_out = jax.jit(
-      functools.partial(train.held_out, **fixed),
-      in_shardings=(shardings.params, train.batch_shardings(batch, mesh)),
+      functools.partial(train.held_out, **_fixed(parts)),
+      in_shardings=(shardings, train.batch_shardings(batch, mesh)),
       out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
     held_out = compiled(held_out, own.shapes, shapes)
   return Programs(
-    step=compiled(step, jax.tree.map(_shape, bare), shapes, number),
+    step=lower_step(parts, state, batch).compile(),
     scores=scoring(parts.policy, outputs, own) if outputs else None,
     logprobs=scoring(parts.policy, ("logprob",), own) if parts.lagging else None,
     frozen={k: scoring(m.policy, ("logprob",), _Like(m.params)) for k, m in parts.frozen.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -39,15 +40,28 @@ def init_state(
   params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, kl_coef: float = 0.0
 ) -> TrainState:
   """Builds the state of step 0 on the mesh; `params` are sharded arrays and become the state's."""
-  shardings = jax.tree.map(lambda p: p.sharding, params)
+  shapes = abstract_state(params, optimizer, mesh)
+  build = functools.partial(_build, optimizer, kl_coef)
+  return jax.jit(build, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(params)
 
-  def build(params):
-    zero = jnp.zeros((), jnp.int32)
-    coef = jnp.asarray(kl_coef, jnp.float32)
-    return TrainState(params, optimizer.init(params), zero, zero, zero, coef)
 
-  out = state_shardings(jax.eval_shape(build, params), shardings, optimizer, mesh)
-  return jax.jit(build, out_shardings=out)(params)
+def abstract_state(
+  params: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """What `init_state` builds, as shapes with shardings; so may `params` be."""
+  shapes = jax.eval_shape(functools.partial(_build, optimizer, 0.0), params)
+  own = jax.tree.map(lambda p: p.sharding, params)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    state_shardings(shapes, own, optimizer, mesh),
+  )
+
+
+def _build(optimizer: optax.GradientTransformation, kl_coef: float, params: Any) -> TrainState:
+  zero = jnp.zeros((), jnp.int32)
+  coef = jnp.asarray(kl_coef, jnp.float32)
+  return TrainState(params, optimizer.init(params), zero, zero, zero, coef)
 
 
 def state_shardings(

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from trinity_jax.algorithms.algorithm import SCORES, Algorithm
+from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.config import Config
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import Batch, Experience
 from trinity_jax.launch_order import LaunchOrder
-from trinity_jax.models import transformer
-from trinity_jax.schedule import make_schedule
+from trinity_jax.placement import fetch, place
 from trinity_jax.tasks.demonstrations import PER_TASK
 from trinity_jax.trainer import step as train
 from trinity_jax.trainer.critic import make_critic
@@ -31,9 +30,9 @@ from trinity_jax.trainer.extras import extras_of
 from trinity_jax.trainer.frozen import frozen_models
 from trinity_jax.trainer.minibatches import joined, minibatches
 from trinity_jax.trainer.mismatch import mismatch, mixed_tokens, packing_metrics
-from trinity_jax.trainer.optimizer import learning_rate, make_optimizer
-from trinity_jax.trainer.packing import PackSpec, pack
-from trinity_jax.trainer.programs import OUTPUTS, Parts, Programs, compile_programs
+from trinity_jax.trainer.optimizer import learning_rate
+from trinity_jax.trainer.packing import pack, pack_spec
+from trinity_jax.trainer.programs import OUTPUTS, Programs, compile_programs, make_parts
 from trinity_jax.trainer.scoring import Policy
 from trinity_jax.trainer.state import TrainState, init_state
 
@@ -65,29 +64,19 @@ class Trainer:
     self._launch = launch
     self._published = published
     self._updates = config.trainer.minibatches
-    self._scores = tuple(
-      name for name in SCORES
-      # Later updates of a step change the policy that its first ones were compared with.
-      if name in algorithm.scores or (name == "prox_logprob" and self._updates > 1)
-    )  # fmt: skip
-    specs = transformer.abstract(policy.config)
-    total = config.trainer.total_steps
-    optimizer = make_optimizer(config.optimizer, total, specs, self._updates)
-    self._rate: Any = learning_rate(config.optimizer, total)
+    self._rate: Any = learning_rate(config.optimizer, config.trainer.total_steps)
     self._frozen = frozen_models(config, algorithm, policy, params, mesh, launch)
-    self._extras = extras_of(
-      algorithm, teacher="teacher_logprob" in self._frozen, scores=self._scores
-    )
     critic, critic_state = None, None
     if algorithm.needs_critic:
       critic, critic_state = make_critic(config, policy, params, mesh)
-    self.state = init_state(params, optimizer, mesh, algorithm.kl_coef)
+    self._parts = make_parts(config, algorithm, policy, mesh, self._frozen, critic)
+    self._scores, self._lagging = self._parts.scores, self._parts.lagging
+    self._extras = extras_of(
+      algorithm, teacher="teacher_logprob" in self._frozen, scores=self._scores
+    )
+    self.state = init_state(params, self._parts.optimizer, mesh, algorithm.kl_coef)
     self.state = dataclasses.replace(self.state, critic=critic_state)
     self._shardings = jax.tree.map(lambda x: x.sharding, self.state)
-    self._parts = Parts(
-      config, algorithm, policy, mesh, optimizer, self._frozen, critic, self._scores,
-      self._lagging, self.spec.sequences,
-    )  # fmt: skip
     self._programs: dict[int, Programs] = {}
     self.last_batch: Sequence[Experience] = ()
 
@@ -110,11 +99,6 @@ class Trainer:
     if length not in self._programs:
       self._programs[length] = compile_programs(self._parts, self.state, batch)
     return self._programs[length]
-
-  @property
-  def _lagging(self) -> bool:
-    """Whether a batch may hold tokens of older versions."""
-    return make_schedule(self.config.sync).max_lag > 0 and not self.algorithm.supervised
 
   @functools.cached_property
   def _as_trained(self):
@@ -167,7 +151,7 @@ class Trainer:
     the trained model by version, which tokens have a mixed context)."""
     pairs = [e.id.task for e in experiences] if self.algorithm.data == "preferences" else None
     packed = pack(experiences, self.spec, pairs, self._extras)
-    batch = jax.device_put(packed, train.batch_shardings(packed, self.mesh))
+    batch = place(packed, train.batch_shardings(packed, self.mesh))
     programs = self._compiled(packed)
     filled: dict[str, Any] = {}
     for name, model in self._frozen.items():
@@ -177,7 +161,7 @@ class Trainer:
       scores = self._launch(programs.scores, self.state.params, batch)
       filled |= {name: scores[OUTPUTS[name]] for name in self._scores}
       if "logprob" in scores:
-        known[self.step_number] = np.asarray(scores["logprob"])
+        known[self.step_number] = fetch(scores["logprob"], self._launch)
     if programs.values is not None:
       filled["values"] = self._launch(programs.values, self.state.critic.params, batch)
     reference = filled.pop("ref_logprob", batch.ref_logprobs)
@@ -194,13 +178,13 @@ class Trainer:
       critic_state, values = self._launch(
         programs.critic, critic_state, batch, self.state.kl_coef
       )
-      metrics |= {k: float(v) for k, v in jax.device_get(values).items()}
+      metrics |= {k: float(v) for k, v in fetch(values).items()}
     state = dataclasses.replace(self.state, critic=None)
     state, out = self._launch(programs.step, state, batch, last)
     self.state = dataclasses.replace(state, critic=critic_state)
     # One transfer: the small outputs of the step.
-    values, logprobs, advantages = jax.device_get(
-      (out["metrics"], out["logprobs"], out["advantages"])
+    values, logprobs, advantages = fetch(
+      (out["metrics"], out["logprobs"], out["advantages"]), self._launch
     )
     metrics |= {k: float(v) for k, v in values.items()}
     metrics |= packing_metrics(packed)
@@ -220,7 +204,8 @@ class Trainer:
       params = self._published(int(version))
       if params is not None and score is not None:
         params = self._launch(self._as_trained, params)
-        out[int(version)] = np.asarray(self._launch(score, params, batch)["logprob"])
+        found = self._launch(score, params, batch)["logprob"]
+        out[int(version)] = fetch(found, self._launch)
     return out
 
   def held_out_loss(self, experiences: Sequence[Experience]) -> dict[str, float]:
@@ -262,20 +247,3 @@ class Trainer:
   def load_state(self, state: TrainState) -> None:
     """Continues from a restored state (same shapes and shardings)."""
     self.state = state
-
-
-def pack_spec(config: Config, algorithm: Algorithm) -> PackSpec:
-  """The declared shapes of a config, of one update; rows are those of all devices together."""
-  longest = config.sampler.max_prompt_length + config.sampler.max_response_length
-  if algorithm.data == "preferences":
-    longest *= 2  # a pair shares a row
-  sequences = config.trainer.batch_size or config.explorer.batch_size * config.explorer.group_size
-  if not algorithm.supervised:
-    sequences *= config.explorer.max_logs
-  if algorithm.blend is not None:
-    sequences += config.experts.batch_size
-  return PackSpec(
-    row_lengths=tuple(sorted(config.trainer.row_lengths)) or (longest,),
-    rows=config.trainer.rows_per_micro,
-    sequences=sequences // config.trainer.minibatches,
-  )
