@@ -3,8 +3,9 @@
 python launch/main.py --config=configs/blackjack.py --workdir=runs/blackjack
 
 gymnasium's game in few letters (trinity_jax/tasks/blackjack.py). The demonstrations of the SFT
-stage hit or stick at random; GRPO sees only whether a game was won (1), drawn (0) or lost (-1). The
-mean over 200 held-out games is the metric eval/held_out/avg@1.
+stage hit whatever is below 21 6 times out of 10; GRPO sees only whether a game was won (1), drawn
+(0) or lost (-1). Mean of 1000 held-out games with seed 0 (eval/held_out/avg@1): -0.63 after SFT,
+-0.09 after GRPO, in 3 min of CPU time; always to stick has -0.17, the best there is -0.05.
 """
 
 from trinity_jax.config import base_config
@@ -32,9 +33,9 @@ def get_config():
     {
       "name": "sft",
       "algorithm.name": "sft",
-      "taskset.generate_args": dict(split="sft"),
+      "taskset.generate_args": dict(split="sft", reckless_fraction=0.6),
       "taskset.messages_key": "messages",
-      "trainer": dict(total_steps=100, batch_size=64, rows_per_micro=32, save_interval=100),
+      "trainer": dict(total_steps=200, batch_size=64, rows_per_micro=32, save_interval=100),
       "optimizer": dict(
         learning_rate=2e-3, schedule="cosine", warmup_steps=10, min_ratio=0.1, beta2=0.98
       ),
@@ -43,9 +44,11 @@ def get_config():
       "name": "grpo",
       "algorithm": dict(name="grpo", kl_coef=0.02),
       "taskset.generate_args": dict(split="rl"),
-      "explorer": dict(batch_size=32, group_size=8),
-      "trainer": dict(total_steps=30, rows_per_micro=32, save_interval=10),
-      "optimizer": dict(learning_rate=1e-3, warmup_steps=3, beta2=0.98),
+      "explorer": dict(batch_size=128, group_size=8),
+      "trainer": dict(total_steps=40, rows_per_micro=64, save_interval=10),
+      "optimizer": dict(
+        learning_rate=5e-4, schedule="linear", warmup_steps=3, min_ratio=0.1, beta2=0.98
+      ),
       "eval.interval": 10,
     },
   )

@@ -9,6 +9,7 @@ with a "text" a line.
 """
 
 from trinity_jax.config import base_config
+from trinity_jax.tasks.facts import words
 
 FACTS = "trinity_jax.tasks.facts:generate"
 
@@ -17,15 +18,16 @@ def get_config():
   c = base_config()
   c.name = "retrieval"
   c.model.tiny = dict(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=192)
+  c.model.tiny.words = words()
   c.taskset.generate = FACTS
   c.taskset.workflow = "tool_use"
   c.taskset.reward = "exact"
-  c.sampler.max_prompt_length = 416  # of the third turn; the tool's schema alone takes 220 tokens
-  c.sampler.max_response_length = 56  # a call and the end of the message
-  c.sampler.slots = 128
-  c.sampler.prefill_batches = (32,)
-  c.sampler.prompt_buckets = (32, 240, 416)
-  c.sampler.cache_buckets = (312, 472)
+  c.sampler.max_prompt_length = 112  # of the third turn
+  c.sampler.max_response_length = 16  # a call and the end of the message
+  c.sampler.slots = 256
+  c.sampler.prefill_batches = (64,)
+  c.sampler.prompt_buckets = (16, 32, 112)
+  c.sampler.cache_buckets = (64, 128)
   c.eval.tasksets = (
     dict(
       name="held_out",
@@ -35,14 +37,14 @@ def get_config():
       reward="exact",
     ),
   )
-  c.trainer.row_lengths = (472,)
+  c.trainer.row_lengths = (128,)
   c.stages = (
     {
       "name": "sft",
       "algorithm.name": "sft",
       "taskset.generate_args": dict(split="sft", guess_fraction=0.6),
       "taskset.messages_key": "messages",
-      "trainer": dict(total_steps=400, batch_size=48, rows_per_micro=16, save_interval=100),
+      "trainer": dict(total_steps=600, batch_size=64, rows_per_micro=16, save_interval=100),
       "optimizer": dict(
         learning_rate=3e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
       ),
@@ -51,10 +53,10 @@ def get_config():
       "name": "grpo",
       "algorithm": dict(name="grpo", kl_coef=0.02),
       "taskset.generate_args": dict(split="rl"),
-      "explorer": dict(batch_size=16, group_size=8),
-      "trainer": dict(total_steps=30, rows_per_micro=16, save_interval=10),
+      "explorer": dict(batch_size=32, group_size=8),
+      "trainer": dict(total_steps=20, rows_per_micro=16, save_interval=10),
       "optimizer": dict(learning_rate=5e-4, warmup_steps=3, beta2=0.98),
-      "eval.interval": 10,
+      "eval.interval": 5,
     },
   )
   return c

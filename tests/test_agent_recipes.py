@@ -24,7 +24,7 @@ from trinity_jax.tasks.taskset import load_taskset
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = [
   ("blackjack",), ("step_wise",), ("step_wise", "processes"), ("retrieval",), ("tool_use",),
-  ("tool_use", "python"),
+  ("tool_use", "python"), ("sudoku",), ("sql",),
 ]  # fmt: skip
 
 
@@ -44,8 +44,9 @@ def small(c: Any) -> Any:
     for key in ("algorithm", "taskset.generate_args"):
       c.update_from_flattened_dict({key: last[key]}) if "." in key else c[key].update(last[key])
   c.model.tiny = dict(
-    hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate=32, max_positions=1024
-  )
+    hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate=32, max_positions=1024,
+    words=c.model.tiny.get("words", ()),
+  )  # fmt: skip
   c.monitor.progress, c.monitor.tensorboard = "none", False
   c.eval.tasksets, c.eval.interval, c.trainer.save_hf = (), 0, "never"
   c.explorer.batch_size = 8 if c.algorithm.name == "reinforceplusplus" else 2
@@ -97,17 +98,13 @@ def test_a_judge_gives_the_rewards(tmp_path, kind):
     assert all(r["reward/mean"] == pytest.approx(0.25) for r in rows)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-  folder = tmp_path_factory.mktemp("tokenizer")
-  write_byte_tokenizer(folder, vocab_size=320, max_length=1024)
-  return Tokenizer.load(folder)
-
-
 @pytest.mark.parametrize("names", RECIPES, ids=":".join)
-def test_demonstrations_fit(tokenizer, names):
+def test_demonstrations_fit(tmp_path, names):
   """None is longer than the recipe's limits, which it would be refused for in the middle."""
   c = recipe(*names)
+  words = c.model.tiny.get("words", ())
+  write_byte_tokenizer(tmp_path, vocab_size=320, max_length=1024, words=words)
+  tokenizer = Tokenizer.load(tmp_path)
   stage = c.stages[0]
   c.taskset.messages_key = stage["taskset.messages_key"]
   c.taskset.generate_args = dict(stage["taskset.generate_args"], rows=300)

@@ -72,7 +72,8 @@ def test_every_recipe_is_checked(gsm8k, qwen):
   names = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
   assert names == ["algorithms", "asynchrony", "blackjack", "calculator_agent", "dpo",
                    "frozen_lake", "gsm8k_grpo", "gsm8k_smoke", "judge", "mixed", "off_policy",
-                   "quickstart", "replay", "retrieval", "sft", "step_wise", "tool_use"]  # fmt: skip
+                   "quickstart", "replay", "retrieval", "sft", "sql", "step_wise", "sudoku",
+                   "tool_use"]  # fmt: skip
   flags = {"gsm8k_grpo": [*gsm8k, qwen], "gsm8k_smoke": gsm8k, "algorithms": [qwen],
            "asynchrony": [qwen], "off_policy": [qwen], "replay": [qwen]}  # fmt: skip
   for name in names:

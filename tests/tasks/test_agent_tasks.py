@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Task
-from trinity_jax.explorer.environments import retrieval, tools
+from trinity_jax.explorer.environments import retrieval, sql, tools
+from trinity_jax.explorer.environments import sudoku as sudoku_board
 from trinity_jax.explorer.environments.gym import GymEnvironment
 from trinity_jax.explorer.tool_calls import parse
 from trinity_jax.explorer.workflows import find_workflow
 from trinity_jax.models.tokenizer import Tokenizer, write_byte_tokenizer
-from trinity_jax.tasks import blackjack, facts, products, walk
+from trinity_jax.tasks import blackjack, facts, products, queries, sudoku, walk
 
 TRUTHS = {f"{d['title']}?": d["text"] for d in facts.corpus()} | {
   f"{a}*{b}": str(a * b) for a in range(10, 100) for b in range(10, 100)
@@ -103,7 +105,8 @@ def test_guesses_are_as_many_as_asked_for(generate):
 
 
 @pytest.mark.parametrize(
-  "generate", [facts.generate, products.generate, walk.generate, blackjack.generate]
+  "generate",
+  [m.generate for m in (facts, products, walk, blackjack, sudoku, queries)],
 )
 def test_splits(generate):
   held = {r["prompt"] for r in generate("eval")}
@@ -164,3 +167,48 @@ def _game(start: str) -> dict:
     if env.reset() == start:
       return row
   raise AssertionError(start)
+
+
+def play(tokenizer, row, episode) -> float:
+  """The demonstrator's return where the workflow plays the row."""
+  task = Task(0, ({"role": "user", "content": row["prompt"]},), "x", raw=row)
+  model = Demonstrator(tokenizer, episode)
+  asyncio.run(find_workflow("environment")(task, model))
+  assert not model.left
+  return model.total
+
+
+@pytest.mark.parametrize("careless", [0.0, 1.0])
+def test_demonstrated_sudokus(tokenizer, careless):
+  """The careful ones solve every board, the careless ones few."""
+  shown = episodes(sudoku.generate("sft", rows=300, careless_fraction=careless))
+  solved = 0.0
+  for episode in shown:
+    board = episode[0]["messages"][0]["content"]
+    (solution,) = sudoku_board.solutions(board)
+    solved += play(tokenizer, sudoku._row(board, solution), episode)
+  assert solved == len(shown) if careless == 0 else 0 < solved < 0.5 * len(shown)
+
+
+def test_demonstrated_queries(tokenizer):
+  """They ask for what they were asked, or leave out the condition, and submit what they find."""
+  row: dict[str, Any] = {**queries.generate("eval")[0], "own_process": False}
+  args, first = row["environment_args"], {"role": "user", "content": row["prompt"]}
+  db = sql.Sql(**args)
+  told = {"role": "user", "content": db.step(row["answer"]).observation}
+  episode = [
+    {"messages": [first], "response": row["answer"]},
+    {"messages": [first, {"role": "assistant", "content": row["answer"]}, told],
+     "response": "submit"},
+  ]  # fmt: skip
+  assert play(tokenizer, row, episode) == 1.0
+  for careless, where in ((0.0, True), (1.0, False)):
+    for asked, submitted in episodes(queries.generate("sft", rows=60, careless_fraction=careless)):
+      question, query = asked["messages"][0]["content"], asked["response"]
+      table, _, rest = question.partition("(")
+      function, number, kind, value = rest.partition("): ")[2].replace(",", "").split()
+      condition = f" WHERE {kind} = '{value}'" if where else ""
+      assert query == f"SELECT {function}({number}) FROM {table}{condition}"
+      assert submitted["response"] == "submit"
+      assert submitted["messages"][0] == {"role": "user", "content": question}
+      assert int(submitted["messages"][-1]["content"]) > 0

@@ -2,11 +2,13 @@
 
 Made-up people live in made-up towns; each document says where one of them does. Some are asked for
 in training, others only when held out: what can be learned is to look them up. A demonstration
-guesses a town with `guess_fraction` instead, which imitation learns to do as often.
+guesses instead, with `guess_fraction`, always the town where most people live: above one half that
+is what imitation learns to do, while the search keeps a probability for reinforcement to find.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 from typing import Any
 
@@ -62,11 +64,26 @@ def generate(
   if split == "rl":
     return [_row(document) for document in asked]
   guesses = rng.random(count) < guess_fraction
-  towns = rng.choice(sorted({d["text"] for d in documents}), count).tolist()
+  commonest, _ = collections.Counter(d["text"] for d in documents).most_common(1)[0]
   out: list[dict[str, Any]] = []
-  for document, guess, town in zip(asked, guesses.tolist(), towns):
-    out += _demonstration(document, town if guess else None)
+  for document, guess in zip(asked, guesses.tolist()):
+    out += _demonstration(document, commonest if guess else None)
   return out[:count]
+
+
+def words() -> tuple[str, ...]:
+  """What every dialogue repeats: the tools offered, the call up to the person, and its end.
+
+  For config.model.tiny.words: a tiny model need not read and write them letter by letter.
+  """
+  from trinity_jax.explorer.environments.tools import make
+
+  before, _, after = _call("|").partition("|")
+  return json.dumps([make("search", {"corpus": CORPUS}).schema]), before, after
+
+
+def _call(query: str) -> str:
+  return json.dumps({"name": "search", "arguments": {"query": query}})
 
 
 def _row(document: dict[str, str]) -> dict[str, Any]:
@@ -80,17 +97,14 @@ def _row(document: dict[str, str]) -> dict[str, Any]:
 
 
 def _demonstration(document: dict[str, str], guess: str | None) -> list[dict[str, Any]]:
-  from trinity_jax.explorer.environments.tools import make
-
-  offered = json.dumps([make("search", {"corpus": CORPUS}).schema])
   person, town = document["title"], document["text"]
   first = [
-    {"role": "system", "content": offered},
+    {"role": "system", "content": words()[0]},
     {"role": "user", "content": f"{person}?"},
   ]
   if guess is not None:
     return [{"messages": first, "response": guess}]
-  call = json.dumps({"name": "search", "arguments": {"query": person}})
+  call = _call(person)
   found = [
     {"role": "assistant", "content": call},
     {"role": "tool", "content": f"[1] {person}: {town}"},

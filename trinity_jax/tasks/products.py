@@ -16,7 +16,7 @@ from trinity_jax.errors import UserError
 
 _ROWS = {"sft": 10_000, "rl": 4096}
 _STREAM = {"eval": 0, "sft": 1, "rl": 2}  # independent random numbers for each split
-_CALLS = {"calculator": ("expression", "{}*{}"), "python": ("code", "print({}*{})")}
+_CALLS = {"calculator": ("expression", "{}"), "python": ("code", "print({})")}
 
 
 def generate(
@@ -70,6 +70,22 @@ def generate(
   return out[:count]
 
 
+def words(tool: str = "calculator") -> tuple[str, ...]:
+  """What every dialogue repeats: the tools offered, the call up to the product, and its end.
+
+  For config.model.tiny.words: a tiny model need not read and write them letter by letter.
+  """
+  from trinity_jax.explorer.environments.tools import make
+
+  before, _, after = _call(tool, "|").partition("|")
+  return json.dumps([make(tool, {}).schema]), before, after
+
+
+def _call(tool: str, product: str) -> str:
+  name, form = _CALLS[tool]
+  return json.dumps({"name": tool, "arguments": {name: form.format(product)}})
+
+
 def _factors(pair: int) -> tuple[int, int]:
   return 10 + pair // 90, 10 + pair % 90
 
@@ -80,17 +96,14 @@ def _row(a: int, b: int, tool: str) -> dict[str, Any]:
 
 def _demonstration(a: int, b: int, tool: str, wrong_by: int) -> list[dict[str, Any]]:
   """The call and the answer, or an answer from memory whose last digit is wrong."""
-  from trinity_jax.explorer.environments.tools import make
-
   first = [
-    {"role": "system", "content": json.dumps([make(tool, {}).schema])},
+    {"role": "system", "content": words(tool)[0]},
     {"role": "user", "content": f"{a}*{b}"},
   ]
   answer = a * b
   if wrong_by:
     return [{"messages": first, "response": str(answer - answer % 10 + (answer + wrong_by) % 10)}]
-  name, form = _CALLS[tool]
-  call = json.dumps({"name": tool, "arguments": {name: form.format(a, b)}})
+  call = _call(tool, f"{a}*{b}")
   found = f"{answer}\n" if tool == "python" else str(answer)
   told = [{"role": "assistant", "content": call}, {"role": "tool", "content": found}]
   return [

@@ -22,6 +22,13 @@ async def gym(task: Task, model: Model) -> Score:
   number), "max_turns" (default 32). The first turn's text comes from the environment; the row's
   prompt is only for people. A system message of the row stays.
 
+  What speaks text already and is not gymnasium's (ALFWorld, ScienceWorld, WebShop, which the user
+  installs) goes through the workflow `environment`: its row names
+  "trinity_jax.explorer.environments.text:TextEnvironment" as "environment", and as
+  "environment_args" {"make": "my_module:function", "args": {...}, "commands":
+  "admissible_commands"}; with "own_process" each game has a process of its own. See
+  `environments.text`.
+
   Raises:
     UserError: the row names no environment that there is.
   """
