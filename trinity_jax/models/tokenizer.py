@@ -54,6 +54,10 @@ class Tokenizer:
       plain, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
 
+  def token_name(self, token: int) -> str:
+    """How the vocabulary writes a token, "" for one that it has not."""
+    return self._inner.convert_ids_to_tokens(token) or ""
+
   def apply_chat_template(
     self,
     messages: Sequence[Mapping[str, Any]],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -73,7 +76,8 @@ class Writer:
     choice = {"index": index, ("delta" if self._chat else "text"): piece}
     choice |= end or {"finish_reason": None, "logprobs": None}
     kind = "chat.completion.chunk" if self._chat else "text_completion"
-    return {**self._head, "object": kind, "choices": [choice]}
+    usage = {"usage": None} if self._ask.usage else {}
+    return {**self._head, "object": kind, "choices": [choice], **usage}
 
   def _end(self, answer: Answer) -> dict[str, Any]:
     c = answer.completion
@@ -90,14 +94,15 @@ class Writer:
     return out
 
   def _logprobs(self, tokens: list[int], logprobs: list[float]) -> dict[str, Any]:
-    texts = [self._tokenizer.decode([t], skip_special_tokens=False) for t in tokens]
+    known = {t: token_bytes(self._tokenizer, t) for t in set(tokens)}
+    texts = [known[t].decode(errors="replace") for t in tokens]
     if self._chat:
       content = [
-        {"token": text, "logprob": p, "bytes": list(text.encode()), "top_logprobs": []}
-        for text, p in zip(texts, logprobs)
+        {"token": text, "logprob": p, "bytes": list(known[t]), "top_logprobs": []}
+        for t, text, p in zip(tokens, texts, logprobs)
       ]
       return {"content": content, "refusal": None}
-    starts = [sum(map(len, texts[:i])) for i in range(len(texts))]
+    starts = _starts([known[t] for t in tokens])
     return {
       "tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": starts,
     }  # fmt: skip
@@ -109,3 +114,33 @@ class Writer:
     return {
       "prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written,
     }  # fmt: skip
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+  """What a token stands for, which may be part of a character."""
+  name = tokenizer.token_name(token)
+  if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):  # SentencePiece's fallback
+    return bytes.fromhex(byte[1])
+  text = tokenizer.decode([token], skip_special_tokens=False)
+  if "\ufffd" not in text:
+    # A decoder leaves out the space that a text of SentencePiece begins with.
+    return (" " * (name.startswith("\u2581") and not text.startswith(" ")) + text).encode()
+  letters = _letters()
+  return bytes(letters[c] for c in name) if set(name) <= letters.keys() else text.encode()
+
+
+@functools.cache
+def _letters() -> dict[str, int]:
+  """The letters by which byte-level tokenizers write bytes."""
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  rest = (b for b in range(256) if b not in plain)
+  return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(rest)}}
+
+
+def _starts(pieces: Sequence[bytes]) -> list[int]:
+  """Where in the text each token begins; those within a character have its place."""
+  decoder, at, out = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
+  for piece in pieces:
+    out.append(at)
+    at += len(decoder.decode(piece))
+  return out

@@ -129,9 +129,12 @@ class Recorded:
   def choices(self, ask: Ask, on_text: OnText | None) -> list[Coroutine[Any, Any, Answer]]:
     """One coroutine per choice."""
     self._session.model  # noqa: B018 (raises when the session has ended)
-    return [self._one(ask, i, on_text) for i in range(max(1, len(ask.prompts)) * ask.n)]
+    prompts = [self._tokenizer.encode(p) if isinstance(p, str) else list(p) for p in ask.prompts]
+    if ask.messages is not None:
+      prompts = [[]]  # the session's log is what they continue
+    return [self._one(ask, i, prompts[i // ask.n], on_text) for i in range(len(prompts) * ask.n)]
 
-  async def _one(self, ask: Ask, index: int, on_text: OnText | None) -> Answer:
+  async def _one(self, ask: Ask, index: int, prompt: list[int], on_text: OnText | None) -> Answer:
     model, home = self._session.model, asyncio.get_running_loop()
 
     def pass_on(piece: str) -> None:
@@ -148,9 +151,7 @@ class Recorded:
         ask.messages, ask.tools, parse=ask.parse, single_call=ask.single_call, **how
       )
     else:
-      prompt = ask.prompts[index // ask.n]
-      ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-      turn = model.continue_tokens(ids, **how)
+      turn = model.continue_tokens(prompt, **how)
     if not self._session.name:
       return await self._session.call(turn)
     # Nobody else counts a run in that a header began.

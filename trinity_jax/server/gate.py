@@ -130,7 +130,7 @@ async def read_body(request: Request, most: int) -> bytes:
   """
   from starlette.requests import ClientDisconnect
 
-  parts, size = [], 0
+  body = bytearray()
   too_long = ApiError(413, f"the body is longer than {most} bytes", code="request_too_large")
   length = request.headers.get("content-length", "")
   if length.isascii() and length.isdigit() and int(length[:20]) > most:
@@ -138,12 +138,11 @@ async def read_body(request: Request, most: int) -> bytes:
   try:
     async with asyncio.timeout(_BODY_SECONDS):
       async for part in request.stream():
-        size += len(part)
-        if size > most:
+        body += part
+        if len(body) > most:
           raise too_long
-        parts.append(part)
   except TimeoutError as e:
     raise ApiError(408, f"the body did not come within {_BODY_SECONDS:g} s") from e
   except ClientDisconnect as e:
     raise ApiError(499, "the client has left") from e
-  return b"".join(parts)
+  return bytes(body)

@@ -27,7 +27,7 @@ from trinity_jax.server.backend import Limits, OnText, Plain, Recorded, api_erro
 from trinity_jax.server.gate import Buckets, Gate, bearer, json_response, read_body, same
 from trinity_jax.server.metrics import CONTENT_TYPE, Counters
 from trinity_jax.server.openapi import document
-from trinity_jax.server.protocol import ApiError, Ask
+from trinity_jax.server.protocol import MOST_NAME, ApiError, Ask
 from trinity_jax.server.sessions import Session, Sessions
 from trinity_jax.server.stream import Events, unless_gone
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SESSION_HEADER = "x-session-id"
+_COMMITS = 16  # at once: a full buffer keeps each waiting, in a thread that others may need
 Commit = Callable[[str, Sequence[Experience]], None]
 LateReward = Callable[[str, float], bool]
 
@@ -81,6 +82,7 @@ class Api:
     self._max_body, self._max_open, self._deadline = max_body, max_open, deadline
     self._buckets = buckets
     self._sampling: set[asyncio.Task] = set()
+    self._commits = asyncio.Semaphore(_COMMITS)
     self._document = document(limits.max_response, tokenizer.vocab_size)
 
   def app(self, started: Callable[[], None]) -> ASGIApp:
@@ -110,7 +112,7 @@ class Api:
       ("/metrics", "GET"): self.metrics,
       ("/openapi.json", "GET"): self.openapi,
       ("/v1/models", "GET"): self.models,
-      ("/v1/models/{name}", "GET"): self.model,
+      ("/v1/models/{name:path}", "GET"): self.model,
       ("/v1/chat/completions", "POST"): self.chat,
       ("/v1/completions", "POST"): self.completion,
       ("/feedback", "POST"): self.feedback,
@@ -145,7 +147,14 @@ class Api:
         raise ApiError(403, "this token is that of a session; it may not name another")
       session.model  # noqa: B018 (raises when the session has ended)
       return session
-    return self._sessions.named(name, begin=begin) if name else None
+    if not name:
+      return None
+    if len(name) > MOST_NAME or not name.isprintable():
+      raise ApiError(400, f"session {name[:60]!r}: expected up to {MOST_NAME} printable characters")
+    session = self._sessions.named(name, begin=begin)
+    if session.committing:  # what came now would be lost
+      raise ApiError(409, "this session is being committed")
+    return session
 
   async def _body(self, request: Request) -> dict[str, Any]:
     return protocol.parse_json(await read_body(request, self._max_body))
@@ -234,16 +243,21 @@ class Api:
       return json_response({"object": "commit", "turns": turns})
     if session.reward is None and self._on_reward is None:
       raise ApiError(400, "no reward came for this session yet; give one here or to /feedback")
-    if session.committing or session.busy:
-      raise ApiError(409, "this session is being committed already, or a request is under way")
+    if session.busy:
+      raise ApiError(409, "a request of this session is under way")
     if not model.turns:
       raise ApiError(400, "this session has no reply yet")
     experiences = recorded(model, session, self._most_logs)
     session.committing = True  # it stays open when that fails
     try:
       with session.in_use(), api_errors():
-        if self._on_commit is not None:
-          await in_thread(self._on_commit, session.name, experiences)
+        async with asyncio.timeout(self._deadline):
+          await self._commits.acquire()
+        try:
+          if self._on_commit is not None:
+            await in_thread(self._on_commit, session.name, experiences)
+        finally:
+          self._commits.release()
     finally:
       session.committing = False
     self._sessions.end(session)

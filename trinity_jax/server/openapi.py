@@ -8,6 +8,7 @@ from trinity_jax.server.protocol import MOST_CHOICES, MOST_STOPS
 
 _TEXT = {"type": "string"}
 _OBJECT = {"type": "object"}
+_NAME = {"name": "name", "in": "path", "required": True, "schema": _TEXT}
 
 
 def document(max_response: int, vocab_size: int) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def document(max_response: int, vocab_size: int) -> dict[str, Any]:
       "/health": {"get": {**_answers(plain=True), "security": []}},
       "/metrics": {"get": _answers(plain=True)},
       "/v1/models": {"get": _answers()},
+      "/v1/models/{name}": {"get": {"parameters": [_NAME], **_answers()}},
       "/v1/chat/completions": {"post": _post(chat, ["messages"])},
       "/v1/completions": {"post": _post(completion, ["prompt"])},
       "/feedback": {"post": _post({**session, **reward}, ["reward"])},
@@ -64,6 +66,7 @@ def _sampling(max_response: int) -> dict[str, Any]:
       "additionalProperties": False,
     },
     "max_tokens": {"type": "integer", "minimum": 1, "maximum": max_response},
+    "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": max_response},
     "temperature": {"type": "number", "minimum": 0, "maximum": 2},
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "top_k": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MOST_CHOICES, MOST_STOPS, MOST_MESSAGES, MOST_TOOLS = 64, 16, 4096, 256
+MOST_NAME = 256  # characters of a session's
 _SEED = 2**63
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -97,9 +98,9 @@ class Ask:
 
   @property
   def size(self) -> int:
-    """Characters (or ids) to be made a prompt."""
-    texts = (len(m["content"]) + len(m.get("reasoning_content", "")) for m in self.messages or ())
-    return sum(texts) + sum(map(len, self.prompts))
+    """Characters (or ids) to be made a prompt, about."""
+    chat = (self.messages, self.tools) if self.messages else ()
+    return len(json.dumps(chat)) + sum(map(len, self.prompts))
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -182,6 +183,8 @@ def _common(f: Fields) -> dict[str, Any]:
   within.flag("include_obfuscation")
   within.end()
   limits = [f.integer(name, 1, 2**31 - 1) for name in ("max_tokens", "max_completion_tokens")]
+  if None not in limits and limits[0] != limits[1]:
+    raise bad("max_completion_tokens", limits[1], f"max_tokens = {limits[0]}, or only one of them")
   return {
     "n": f.integer("n", 1, MOST_CHOICES) or 1,
     "stream": stream,
@@ -329,7 +332,7 @@ def read_feedback(body: Mapping[str, Any], *, reward: bool) -> tuple[str | None,
   f.end()
   if reward and value is None:
     raise bad("reward", None, "a number")
-  return None if session is None else _text(session, "session", 256), value
+  return None if session is None else _text(session, "session", MOST_NAME), value
 
 
 Read = Callable[[Mapping[str, Any]], Ask]

@@ -15,6 +15,7 @@ from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.explorer.workflow import Model, SamplingParams
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.sampler.rollout_engine import RolloutEngine
+from trinity_jax.server import connections
 from trinity_jax.server.backend import Limits
 from trinity_jax.server.gate import Buckets
 from trinity_jax.server.openai import Api, Commit, LateReward, new_token
@@ -172,10 +173,11 @@ class Server:
     config = uvicorn.Config(
       self._api.app(self._ready.set),
       log_config=None,
+      log_level="error",  # a warning for every line that is not HTTP would let anybody fill the log
       access_log=False,
       server_header=False,
       ws="none",
-      http="h11",
+      http=connections.protocol(),
       lifespan="on",
       timeout_keep_alive=_KEEP_ALIVE,
       timeout_graceful_shutdown=2,

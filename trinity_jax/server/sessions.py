@@ -153,18 +153,19 @@ class Sessions:
     loop = asyncio.get_running_loop()
     session = self.add(Session(self._new(name), loop, "", name))
     self._named[name] = session
-    loop.call_later(self._timeout, self._expire, session)
+    loop.call_later(self._timeout, self._expire, weakref.ref(session))
     return session
 
-  def _expire(self, session: Session) -> None:
+  def _expire(self, mine: weakref.ref[Session]) -> None:
     """Ends a session that nobody has used for so long, or looks again when that may be."""
-    if self._named.get(session.name or "") is not session:
+    session = mine()  # one that has ended is not kept, with its logs, for the rest of the time
+    if session is None or self._named.get(session.name or "") is not session:
       return
     left = session.used + self._timeout - time.monotonic()
     if session.busy:
       left = self._timeout
     if left > 0:
-      asyncio.get_running_loop().call_later(left, self._expire, session)
+      asyncio.get_running_loop().call_later(left, self._expire, mine)
       return
     model = session.model
     self.end(session)

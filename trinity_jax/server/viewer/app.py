@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trinity_jax.errors import RunFailed, UserError
+from trinity_jax.server import connections
 from trinity_jax.server.viewer import records
 from trinity_jax.server.viewer.folder import WATCHED, Folder
 from trinity_jax.server.viewer.index import Page, Query
@@ -284,7 +285,7 @@ class Viewer:
       app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     config = uvicorn.Config(
       app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off",
-      server_header=False,
+      server_header=False, http=connections.protocol(), ws="none",
     )  # fmt: skip
     self._server = uvicorn.Server(config)
     self._thread: threading.Thread | None = None
