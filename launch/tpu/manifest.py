@@ -135,7 +135,8 @@ def _trainer(spec: Spec) -> Object:
 def _explorers(spec: Spec) -> Object:
   """Pods that come and go: work that one held is taken over by the others."""
   platforms = "cuda,cpu" if spec.explorer_gpu else "cpu"
-  container = _main(spec, platforms, "explore", "--config.explorer.name=explorer_$(JOB_COMPLETION_INDEX)")
+  name = "--config.explorer.name=explorer_$(JOB_COMPLETION_INDEX)"
+  container = _main(spec, platforms, "explore", name)
   resources: Object = {"requests": {"cpu": str(spec.explorer_cpus)}}
   nodes = {}
   if spec.explorer_gpu:

@@ -163,6 +163,7 @@ class Resource:
     fails, code = 0, LOST
     while True:
       self.make_ready()
+      problem = None
       try:
         if code != LOST:
           self.stop()  # hosts that have not noticed yet
@@ -170,17 +171,19 @@ class Resource:
         self.start(run)
         code = self.follow()
       except RunFailed as error:  # a host that goes away fails whatever speaks to it
-        say(str(error))
-        code = LOST
+        problem, code = error, LOST
       if code in (commands.DONE, commands.MISTAKE):
         break
-      if code != commands.PREEMPTED and self.state() == "ACTIVE":
-        if fails == self._flags.restarts:
-          break
-        fails += 1
-        say(f"{describe(code)}; restart {fails} of {self._flags.restarts}")
-      else:
-        say(f"{describe(code)}: preempted, the same command again")
+      what = problem or ("host 0 was lost" if code == LOST else f"the run ended with code {code}")
+      if code == commands.PREEMPTED or self.state() != "ACTIVE":
+        say(f"{what}: preempted, the same command again")
+        continue
+      if fails == self._flags.restarts:
+        if problem:
+          raise problem
+        break
+      fails += 1
+      say(f"{what}; restart {fails} of {self._flags.restarts}")
     if self._flags.delete:
       self.delete()
     return code
@@ -211,10 +214,6 @@ def pack(archive: Path) -> None:
     for name in found.stdout.split("\0"):
       if name and (ROOT / name).is_file():  # neither deleted nor a submodule
         tar.add(ROOT / name, arcname=name)
-
-
-def describe(code: int) -> str:
-  return "host 0 was lost" if code == LOST else f"the run ended with code {code}"
 
 
 def say(text: str) -> None:

@@ -45,11 +45,11 @@ case "${1:-}" in
     running || exit 0
     pid=$(<"$here/pid")  # of a session of its own: all that the run started
     kill -TERM -- "-$pid"
-    timeout 600 tail --pid="$pid" --follow /dev/null || kill -KILL -- "-$pid"
+    timeout 600 tail --sleep-interval=0.2 --pid="$pid" --follow /dev/null || kill -KILL -- "-$pid"
     ;;
   follow)
     [[ -s $here/pid ]] || { echo "nothing was started on $(hostname)" >&2; exit 1; }
-    tail --lines=200 --pid="$(<"$here/pid")" --follow=name "$here/log"
+    tail --lines=200 --sleep-interval=0.2 --pid="$(<"$here/pid")" --follow=name "$here/log"
     if [[ -s $here/code ]]; then exit "$(<"$here/code")"; fi
     echo "the run on $(hostname) was killed" >&2
     exit 137
