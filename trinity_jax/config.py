@@ -275,7 +275,7 @@ def _check_pace(c: Config) -> None:
         "explorer.deterministic = True excludes; set explorer.deterministic=False"
       )
   if c.sampler.release and (
-    c.mode not in ("both", "check") or c.sampler.devices or not c.explorer.deterministic
+    c.mode not in ("both", "check", "plan") or c.sampler.devices or not c.explorer.deterministic
     or c.sync.interval + c.sync.offset > 1
   ):  # fmt: skip
     raise UserError(

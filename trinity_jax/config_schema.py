@@ -23,7 +23,7 @@ def key(default: Any, doc: str, *, low=None, high=None, choices=None, above=None
   return dataclasses.field(default=default, metadata=meta)
 
 
-MODES = ("both", "explore", "train", "bench", "serve", "debug", "check")
+MODES = ("both", "explore", "train", "bench", "serve", "debug", "check", "plan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,7 +452,7 @@ class Config:
   mode: str = key(
     "both",
     "What this process does: both; explore and train, in processes of their own; bench evaluates "
-    "every checkpoint; serve answers requests; debug runs one task; check runs nothing.",
+    "every checkpoint; serve answers requests; debug runs one task; check and plan run nothing.",
     choices=MODES,
   )
   seed: int = key(0, "Seed of everything random.", low=0)

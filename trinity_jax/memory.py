@@ -2,7 +2,7 @@
 
 What stays for the whole stage is exact. What exists only within a step is estimated from the
 largest arrays; left out are the compiler's workspaces and fragmentation, buffers of collectives,
-and packed batches (a few bytes a token). `--mode=plan` of a compiled program would say more.
+and packed batches (a few bytes a token). `--mode=plan` compiles the programs and says more.
 """
 
 from __future__ import annotations
@@ -37,12 +37,17 @@ def memory_per_device(
   programs: Programs,
   spec: PackSpec,
   algorithm: Algorithm,
+  *,
+  training: int | None = None,
+  within: int | None = None,
 ) -> dict[str, int]:
   """Bytes per device.
 
   Args:
     layout: pytree of NamedSharding that mirrors the parameters.
     algorithm: which other models it needs.
+    training, within: what a train step and the sampler's programs need within a step, where their
+      compiler has said it; None: an estimate.
 
   Returns:
     parameters, optimizer, published (every version kept), reference, teacher, critic (with its
@@ -68,10 +73,12 @@ def memory_per_device(
     "published": versions * numbers * rollout,
     **beside(config, algorithm, model, mesh),
   }
+  if config.sampler.engine != "native":  # another server samples
+    own = cache = within = 0
   sample = {"sampler": own, "cache": cache}
-  # The float32 sum over micro-batches, and one micro-batch's gradient.
-  training = 4 * numbers + master + activations(config, model, mesh, spec)
-  within = sampling(model, programs)
+  if training is None:  # the float32 sum over micro-batches, and one micro-batch's gradient
+    training = 4 * numbers + master + activations(config, model, mesh, spec)
+  within = sampling(model, programs) if within is None else within
   kept, kept_there = sum(train.values()), sum(sample.values())
   if set(mesh.devices.flat).isdisjoint(programs.mesh.devices.flat):
     peak = max(kept + training, kept_there + max(own, within))
@@ -116,19 +123,20 @@ def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) 
   """What backward of one micro-batch keeps: bytes on one device.
 
   Per token and layer, besides its input: with remat none the norms, q, k, v, the attention's
-  output and scores, and three arrays of the mlp; with dots the matmuls' outputs; with full
-  nothing, one layer at a time being computed again.
+  output, and three arrays of the mlp; with dots the matmuls' outputs; with full nothing, one layer
+  at a time being computed again. The scores are one layer's, and on a TPU a few tiles only.
   """
   T = max(spec.row_lengths)
   tokens = T * spec.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
   tensor, size = mesh.shape["tensor"], jnp.dtype(config.model.dtype).itemsize
   D, F, H = model.hidden_size, model.intermediate_size, model.num_heads
   heads = (H + model.num_kv_heads) * model.head_dim * 2
-  scores = 4 * H * T // tensor
-  inside = size * (3 * D + (heads + 3 * F) // tensor) + scores
-  dots = size * (2 * D + (heads + 2 * F) // tensor) + scores
+  scores = 0 if mesh.devices.flat[0].platform == "tpu" else 4 * H * T // tensor
+  inside = size * (3 * D + (heads + 3 * F) // tensor)
+  dots = size * (2 * D + (heads + 2 * F) // tensor)
   kept = {"none": inside, "dots": dots, "full": 0}[config.model.remat]
-  layers = model.num_layers * (size * D + kept) + (inside if config.model.remat != "none" else 0)
+  layers = model.num_layers * (size * D + kept) + scores
+  layers += inside if config.model.remat != "none" else 0
   head = 4 * min(tokens, LOGIT_ROWS) * model.vocab_size // tensor + 2 * size * tokens * D
   return tokens * layers + head
 

@@ -1,0 +1,177 @@
+"""Costs of compiled programs: loops times trips, collectives by kind, traffic of main memory."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from trinity_jax.errors import UserError
+from trinity_jax.models import params as params_lib
+from trinity_jax.models import sharding, transformer
+from trinity_jax.models.presets import ModelConfig
+from trinity_jax.plan import costs, hlo
+
+LAYERS, T = 4, 16
+MODEL = ModelConfig("qwen3", 512, 64, LAYERS, 4, 2, 16, 128, qk_norm=True)
+
+
+def loss(params, tokens, unroll):
+  positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+  hidden = transformer.forward(
+    params, MODEL, tokens, positions, jnp.ones_like(tokens), remat="full", unroll=unroll
+  )
+  return jnp.sum(transformer.logits(params, MODEL, hidden) ** 2)
+
+
+@functools.cache
+def compiled(unroll: int):
+  """The gradient of `loss` on 2 x 2 fake devices, 8 rows."""
+  mesh = sharding.make_mesh(1, 2, 2, jax.devices()[:4])
+  layout = sharding.param_shardings(MODEL, mesh)
+  params = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), params_lib.abstract(MODEL)
+  )
+  rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+  grad = jax.jit(
+    jax.grad(functools.partial(loss, unroll=unroll)),
+    in_shardings=(layout, rows), out_shardings=layout,
+  )  # fmt: skip
+  with jax.set_mesh(mesh):
+    return grad.lower(params, jax.ShapeDtypeStruct((8, T), jnp.int32)).compile()
+
+
+def test_unrolled_and_scanned_agree():
+  scanned, unrolled = (costs.cost(compiled(n).as_text()) for n in (1, LAYERS))
+  assert scanned.flops == pytest.approx(unrolled.flops, rel=0.02)
+  one, other = scanned.sent(), unrolled.sent()
+  assert one and sum(one.values()) == pytest.approx(sum(other.values()), rel=0.02)
+  # What XLA itself says of the scanned program counts a layer once.
+  assert compiled(1).cost_analysis()["flops"] < 0.6 * scanned.flops
+
+
+def test_flops_are_those_of_the_products():
+  """Forward, recomputed, and twice as much backward; the head is not recomputed."""
+  found = costs.cost(compiled(1).as_text())
+  tokens = 8 * T / 4  # four devices
+  layer = MODEL.hidden_size * MODEL.head_dim * 2 * (4 + 2) + 3 * 64 * 128
+  attention = 2 * 4 * T * 16  # scores and mixing per token and layer, all of the row
+  low = 2 * tokens * (3 * LAYERS * (layer + attention) + 3 * 64 * 512)
+  high = 2 * tokens * (4 * LAYERS * (layer + 2 * attention) + 3 * 64 * 512)
+  assert low < found.flops < high
+  assert not found.unknown
+
+
+def test_no_table_travels():
+  """Embeddings and their gradients: the table stays where it lies; hidden states travel."""
+  table = MODEL.vocab_size * MODEL.hidden_size // 2  # of a device of the tensor axis
+  found = costs.cost(compiled(1).as_text())
+  looked_up = [c for c in found.collectives if "embed" in c.op_name and "transpose" in c.op_name]
+  assert looked_up and max(c.largest for c in looked_up) < table
+  # The head's weight is gathered: nothing else is as large.
+  large = [c for c in found.collectives if c.largest >= table and "logits" not in c.op_name]
+  assert not large
+
+
+def test_loops_whose_bound_is_traced():
+  def f(x, n):
+    inner = lambda x: jax.lax.fori_loop(0, 3, lambda _, x: x @ x, x)
+    traced = lambda x: jax.lax.fori_loop(0, n, lambda _, x: inner(x), x)
+    return jax.lax.fori_loop(0, n + 1, lambda _, x: traced(x) @ x, x)
+
+  text = jax.jit(f).lower(jnp.zeros((16, 16)), 2).compile().as_text()
+  product = 2 * 16**3
+  for dynamic, products in (((), 4), ((5,), 5 * 4), ((5, 2), 5 * 7)):
+    assert costs.cost(text, dynamic).flops == products * product
+
+
+TEXT = """HloModule step, is_scheduled=true
+
+%start (p.0: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
+  %p.0 = bf16[4,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[16,8]{1,0} all-gather(%p.0), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  ROOT %custom-call.1 = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%middle (p.1: bf16[4,8], p.2: bf16[16,8], p.3: f32[32,8]) -> (f32[32,8], bf16[16,8]) {
+  %p.1 = bf16[4,8]{1,0} parameter(0)
+  %p.2 = bf16[16,8]{1,0} parameter(1)
+  %p.3 = f32[32,8]{1,0} parameter(2)
+  %all-gather.2 = bf16[16,8]{1,0} all-gather(%p.1), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="1"}
+  %add.1 = f32[32,8]{1,0} add(%p.3, %p.3)
+  ROOT %tuple.1 = (f32[32,8]{1,0}, bf16[16,8]{1,0}) tuple(%add.1, %p.2)
+}
+
+%all-reduce-scatter.1 (p.4: f32[32,8]) -> f32[8,8] {
+  %p.4 = f32[32,8]{1,0} parameter(0)
+  %all-reduce.1 = f32[32,8]{1,0} all-reduce(%p.4), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[8,8]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={8,8}
+}
+
+ENTRY %main (a: bf16[4,8], b: f32[32,8], c: f32[64,8,8]) -> f32[8,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = f32[32,8]{1,0} parameter(1)
+  %c = f32[64,8,8]{2,1,0} parameter(2)
+  %fusion.1 = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) fusion(%a), kind=kCustom, calls=%start
+  %g.1 = bf16[16,8]{1,0} get-tuple-element(%fusion.1), index=1
+  %fusion.2 = (f32[32,8]{1,0}, bf16[16,8]{1,0}) fusion(%a, %g.1, %b), kind=kLoop, calls=%middle
+  %g.2 = f32[32,8]{1,0} get-tuple-element(%fusion.2), index=0
+  %linear_logprob_forward.7 = f32[32,1]{1,0:T(8,128)S(1)} custom-call(%g.2, %g.2, %b), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+    "name": "x"
+  }}
+  %other_kernel.2 = f32[32,8]{1,0} custom-call(%b), custom_call_target="tpu_custom_call"
+  %permute = (f32[32,8]{1,0}, f32[32,8]{1,0}, u32[]) collective-permute-start(%g.2), channel_id=5, source_target_pairs={{0,1},{1,0}}
+  %moved = f32[32,8]{1,0} collective-permute-done(%permute)
+  ROOT %fusion.3 = f32[8,8]{1,0:S(1)} fusion(%moved), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+
+
+def test_the_words_of_a_tpu():
+  found = costs.cost(TEXT)
+  kinds = {(c.kind, c.overlaps): (c.sent, c.largest, c.devices) for c in found.collectives}
+  assert kinds == {
+    ("all-gather", True): (3 / 4 * 16 * 8 * 2, 128, 4),  # once, though two fusions name it
+    ("collective-permute", True): (32 * 8 * 4, 256, 1),
+    ("reduce-scatter", False): (3 / 4 * 32 * 8 * 4, 64, 4),
+  }
+  assert len(found.collectives) == 3
+  assert found.unknown == {"other_kernel"}
+  # fusion.2 reads and writes 32 x 8 and hands the gathered array on; the kernel reads three such
+  # and writes to fast memory; the other kernel reads and writes.
+  assert found.bytes == 32 * 8 * 4 * (2 + 3 + 2)
+
+
+def test_windows_and_updates_move_their_own_size():
+  def f(table, x):
+    row = lambda i: jax.lax.dynamic_index_in_dim(table, 2 * i, 0, keepdims=False)
+    return jax.lax.fori_loop(0, 50, lambda i, t: t.at[i].set(row(i) * x), table)
+
+  text = jax.jit(f).lower(jnp.zeros((1000, 64)), jnp.ones(64)).compile().as_text()
+  table = 1000 * 64 * 4  # copied once or twice, not in each of 50 trips
+  assert 2 * table <= costs.cost(text).bytes < 5 * table
+
+
+@pytest.mark.parametrize("holes", [1, 2])
+def test_places_that_meet_an_input(holes):
+  cases = ((5, 6, 3, 1, 1, 1), (7, 9, 4, 2, 2, 1), (6, 8, 3, 0, 1, 2))
+  for out, n, k, low, stride, spread in cases:
+    expected = sum(
+      0 <= (p := o * stride + j * spread - low) <= (n - 1) * holes and p % holes == 0
+      for o in range(out) for j in range(k)
+    )  # fmt: skip
+    assert costs._overlap(out, n, k, low, stride, spread, holes) == expected
+
+
+def test_what_is_no_program():
+  with pytest.raises(UserError, match="has no ENTRY"):
+    hlo.parse("nothing")
+
+
+def test_shapes():
+  (a, b, c) = hlo.shapes_of("(f32[2,3]{1,0:T(8,128)S(1)}, s4[7]{0}, f8e4m3fn[5])")
+  assert (a.bytes, a.space) == (24, 1) and (b.bytes, b.space) == (4, 0) and c.bytes == 5
