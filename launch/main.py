@@ -11,7 +11,9 @@
         serve             the newest model of --workdir behind OpenAI's API
         debug             one task (--task=N) through the workflow once, everything printed
         check             validates, prints data, shapes and memory per device, runs nothing
+        plan              compiles for --topology, prints memory, traffic and time, runs nothing
         keys              prints every config key: default, limits, meaning
+  --topology=NAME         devices of --mode=plan: v5e:2x2, v5p:4x4x8, h100x8, local (default) ...
   --debug                 prints tracebacks of user errors too
   --verbosity=N           what libraries log: -1 warnings (default), 0 information, 1 debugging
   --help                  prints this
@@ -49,6 +51,7 @@ def own_flags() -> flags.FlagValues:
   flags.DEFINE_string("config", None, "Config file.", flag_values=values)
   flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
   flags.DEFINE_enum("mode", None, MODES, "What to do.", flag_values=values)
+  flags.DEFINE_string("topology", "local", "Devices of --mode=plan.", flag_values=values)
   flags.DEFINE_integer("task", 0, "Task of --mode=debug.", lower_bound=0, flag_values=values)
   flags.DEFINE_bool("debug", False, "Print tracebacks of user errors.", flag_values=values)
   flags.DEFINE_integer("verbosity", -1, "What libraries log.", flag_values=values)
@@ -167,6 +170,11 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
     from trinity_jax.check import check
 
     print(check(config))
+    return
+  if config.mode == "plan":
+    from trinity_jax.plan.report import plan
+
+    print(plan(config, own["topology"].value, lambda line: print(line, file=sys.stderr)))
     return
   if not own["workdir"].value:
     raise UserError("--workdir is missing: name the folder the run writes to")
