@@ -42,7 +42,7 @@ class Yes:
   """A model handle that always says yes."""
 
   def __init__(self):
-    self.messages, self.total = [], 0.0
+    self.messages, self.total, self.sampler = [], 0.0, None
 
   def reward(self, value):
     self.total += value
@@ -414,3 +414,69 @@ def test_as_a_workflow():
   processes.close()
   with pytest.raises(UserError, match="train row 2: environment = 'x'"):
     run(environment="x")
+
+
+def test_runs_beyond_the_processes_do_not_hold_the_others_up(world):
+  """Admission waited for all six, four of whom waited for the two that waited for admission."""
+  own = {
+    "environment": FLAKY, "own_process": True,
+    "environment_args": args(0, turns=1, rates=dataclasses.asdict(flaky.CALM)),
+  }  # fmt: skip
+  processes, workflow = Processes(2), find_workflow("environment")
+
+  async def plays(task, model):
+    model.processes = processes
+    return await workflow(task, model)
+
+  tasks = [dataclasses.replace(world.task(i), raw=own) for i in range(6)]
+  with world.sampler() as sampler:
+    ran = world.run(sampler, plays, tasks)
+  processes.close()
+  assert [e.reward for e in ran] == [1.0] * 6 and processes.started == 2
+
+
+class Counted:
+  """A sampler's count of busy runs, and its least."""
+
+  def __init__(self, busy):
+    self.busy = self.least = busy
+
+  def enter(self):
+    self.busy += 1
+
+  def leave(self):
+    self.busy -= 1
+    self.least = min(self.least, self.busy)
+
+
+def test_places_are_handed_on_in_order_and_nobody_is_counted_twice():
+  calm = args(0, turns=1, rates=dataclasses.asdict(flaky.CALM))
+
+  async def main():
+    processes, member, order = Processes(1), Counted(5), []
+
+    async def run(i):
+      env = processes.environment(FLAKY, calm, member)
+      try:
+        await env.reset()
+        order.append(i)
+        await asyncio.sleep(0)
+      finally:
+        await env.close()
+        if i == 0:
+          runs[2].cancel()  # which has been given its turn, and has not yet been told
+        member.leave()
+
+    runs = [asyncio.create_task(run(i)) for i in range(5)]
+    while len(processes._waiting) < 4:
+      await asyncio.sleep(0)
+    assert member.busy == 1  # who has the process
+    runs[1].cancel()  # while it waits
+    await asyncio.wait(runs)
+    assert [run.cancelled() for run in runs] == [False, True, True, False, False]
+    assert order == [0, 3, 4] and member.busy == 0 and processes._busy == 0
+    assert not processes._waiting and processes.started == 1
+    processes.close()
+    return member.least
+
+  assert asyncio.run(main()) == 0

@@ -121,6 +121,8 @@ def test_rows_that_are_wrong(args, message):
 
 
 class Scripted:
+  sampler = None
+
   def __init__(self, *lines, processes):
     self.lines, self.messages, self.total, self.processes = list(lines), [], 0.0, processes
 

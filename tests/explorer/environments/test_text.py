@@ -67,6 +67,8 @@ def worlds(tmp_path, monkeypatch):
 
 
 class Scripted:
+  sampler = None
+
   def __init__(self, *lines, processes=None):
     self.lines, self.messages, self.shown, self.total = list(lines), [], [], 0.0
     self.processes = processes

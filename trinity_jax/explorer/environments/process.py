@@ -9,6 +9,7 @@ is imported.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import os
@@ -18,11 +19,14 @@ import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trinity_jax.errors import UserError
 from trinity_jax.explorer.environments.environment import Step
 from trinity_jax.explorer.threads import in_thread
+
+if TYPE_CHECKING:
+  from trinity_jax.sampler.rollout_engine import Member
 
 _WORKER = Path(__file__).with_name("process_worker.py")
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "HOME", "TMPDIR", "LANG")
@@ -160,10 +164,19 @@ class _Worker:
     self._socket.close()
 
 
+class _Waiting(NamedTuple):
+  """For a process."""
+
+  turn: asyncio.Future[None]
+  member: Member | None
+
+
 class Processes:
   """Up to `at_once` processes for environments, started when needed and reused.
 
-  Used by one event loop at a time.
+  Used by one event loop at a time. Whoever comes when all are taken waits, first come, first
+  served, and is no participant of its sampler meanwhile: deterministic admission waits for every
+  run that is busy, and those that have a process must get on for this one to have its turn.
 
   Args:
     at_once: processes; an episode beyond that waits for one.
@@ -185,37 +198,70 @@ class Processes:
     self._templates: dict[str, _Template] = {}
     self._idle: list[_Worker] = []
     self._busy = 0
+    self._waiting: collections.deque[_Waiting] = collections.deque()
     weakref.finalize(self, _end_all, self._templates, self._idle)
-    self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
-      weakref.WeakKeyDictionary()
-    )
 
-  def environment(self, factory: str, args: Mapping[str, Any] | None = None) -> ProcessEnvironment:
-    """An environment that `factory` ("module:function") makes of keyword arguments (JSON)."""
+  def environment(
+    self, factory: str, args: Mapping[str, Any] | None = None, member: Member | None = None
+  ) -> ProcessEnvironment:
+    """An environment that `factory` ("module:function") makes of keyword arguments (JSON).
+
+    Args:
+      member: the sampler in which the run that will use it is counted (`model.sampler`).
+    """
     module, _, name = factory.partition(":")
     if not module or not name:
       raise UserError(f"environment {factory!r}: expected 'module:function'")
-    return ProcessEnvironment(self, factory, dict(args or {}))
+    return ProcessEnvironment(self, factory, dict(args or {}), member)
 
-  async def take(self, module: str) -> _Worker:
+  async def take(self, module: str, member: Member | None = None) -> _Worker:
     """A process for an environment of this module, when there is a place; `give` it back."""
-    await self._here().acquire()
-    self._busy += 1
+    await self._place(member)
     try:
       return self._idle_one(module) or await self._another(module)
     except BaseException:  # cancelled too: nobody else would give the place back
-      self._busy -= 1
-      self._here().release()
+      self._pass_on()
       raise
 
   def give(self, worker: _Worker) -> None:
     """Takes a process back, to be used again or, in the middle of something, to be killed."""
-    self._busy -= 1
     if worker.usable:
       self._idle.append(worker)
     else:
       worker.kill()
-    self._here().release()
+    self._pass_on()
+
+  async def _place(self, member: Member | None) -> None:
+    if self._busy < self.at_once:  # then nobody waits
+      self._busy += 1
+      return
+    turn = asyncio.get_running_loop().create_future()
+    waiting = _Waiting(turn, member)
+    self._waiting.append(waiting)
+    if member is not None:
+      member.leave()
+    try:
+      await turn
+    except BaseException:
+      if turn.cancelled():
+        self._waiting.remove(waiting)
+        if member is not None:
+          member.enter()
+      else:
+        self._pass_on()
+      raise
+
+  def _pass_on(self) -> None:
+    """A place is free: for who has waited longest, who is counted in again before anybody else is
+    counted out, so that nothing is admitted between."""
+    for waiting in self._waiting:
+      if not waiting.turn.done():
+        self._waiting.remove(waiting)
+        if waiting.member is not None:
+          waiting.member.enter()
+        waiting.turn.set_result(None)
+        return
+    self._busy -= 1
 
   def close(self) -> None:
     """Ends all processes and blocks until they are gone (milliseconds). Later episodes start new
@@ -254,11 +300,6 @@ class Processes:
       raise
     return worker
 
-  def _here(self) -> asyncio.Semaphore:
-    """This loop's places."""
-    loop = asyncio.get_running_loop()
-    return self._places.setdefault(loop, asyncio.Semaphore(self.at_once))
-
 
 def _end_all(templates: dict[str, _Template], idle: list[_Worker]) -> None:
   while idle:
@@ -274,14 +315,17 @@ class ProcessEnvironment:
   the next episode gets another.
   """
 
-  def __init__(self, processes: Processes, factory: str, args: dict[str, Any]):
+  def __init__(
+    self, processes: Processes, factory: str, args: dict[str, Any], member: Member | None
+  ):
     self._processes, self._factory, self._args = processes, factory, args
+    self._member = member
     self._worker: _Worker | None = None
 
   async def reset(self) -> str:
     """Makes the environment and starts its episode."""
     if self._worker is None:
-      self._worker = await self._processes.take(self._factory.partition(":")[0])
+      self._worker = await self._processes.take(self._factory.partition(":")[0], self._member)
     request = {"make": self._factory, "args": self._args, "path": sys.path}
     await self._worker.ask(request, self._processes.deadline)
     return await self._worker.ask({"reset": []}, self._processes.deadline)

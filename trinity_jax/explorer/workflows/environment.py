@@ -43,7 +43,7 @@ async def environment(task: Task, model: Model) -> Score:
   elif model.processes is None:
     raise UserError(f"{task.taskset} row {task.index}: own_process: no processes are kept here")
   else:
-    made = model.processes.environment(name, args)
+    made = model.processes.environment(name, args, model.sampler)
   first = task.messages[0] if task.messages else {"role": ""}
   system = first["content"] if first["role"] == "system" else ""
   return episode_score("return", await play(model, made, turns, system=system))
