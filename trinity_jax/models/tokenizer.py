@@ -102,7 +102,9 @@ class Tokenizer:
         tokenize=tokenize,
         return_dict=False,
       )
-    except (jinja2.TemplateError, TypeError) as error:  # a template that adds text to a list
+    except (
+      jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError
+    ) as error:  # a template is a program: it may add text to a list, or divide by nothing
       raise UserError(f"the chat template refuses the messages: {error}") from error
 
 
