@@ -16,8 +16,9 @@
                        it always is
   --dry_run            prints the manifest as YAML, applies nothing
 
-It is applied with kubectl to its current context; the commands to follow and to delete it are
-printed. PostgreSQL's password is made up once and kept in a Secret, NAME-postgres.
+It is applied with kubectl to its current context, a cluster with JobSet's controller. The commands
+to follow and to delete it are printed. Given again after the run's end, it goes on from the last
+checkpoint. PostgreSQL's password is made up once and kept in a Secret, NAME-postgres.
 """
 
 from __future__ import annotations
@@ -34,13 +35,28 @@ from absl import flags
 from trinity_jax.errors import RunFailed, UserError
 
 
+def find(kubectl: commands.Tool, *what: str) -> str | None:
+  """What `kubectl get` prints, None when there is no such object.
+
+  Raises:
+    RunFailed: kubectl cannot tell.
+  """
+  code, out, err = kubectl.ask("get", *what)
+  if code and "NotFound" not in err:
+    raise RunFailed(f"kubectl get {' '.join(what[:2])} ended with code {code}: {err.strip()}")
+  return None if code else out
+
+
+def clear(kubectl: commands.Tool, name: str) -> None:
+  """Deletes the run's JobSet if it has ended, which applying would leave as it is."""
+  if find(kubectl, "jobset", name, "--output=jsonpath={.status.terminalState}"):
+    kubectl.do("delete", "jobset", name, "--wait", deadline=900)
+
+
 def make_secret(kubectl: commands.Tool, name: str) -> None:
   """A Secret with a random password, unless there is one: the data on the disk are bound to it."""
-  code, _, err = kubectl.ask("get", "secret", name)
-  if code == 0:
+  if find(kubectl, "secret", name) is not None:
     return
-  if "NotFound" not in err:
-    raise RunFailed(f"kubectl get secret {name} ended with code {code}: {err.strip()}")
   secret = {
     "apiVersion": "v1",
     "kind": "Secret",
@@ -105,6 +121,7 @@ def launch(values: flags.FlagValues, words: list[str], run: list[str]) -> int:
     print(text, end="")
     return 0
   kubectl = commands.Tool("kubectl", "https://kubernetes.io/docs/tasks/tools", dry_run=False)
+  clear(kubectl, spec.name)
   if spec.postgres:
     make_secret(kubectl, spec.secret)
   print(kubectl.do("apply", "-f", "-", stdin=text), end="")

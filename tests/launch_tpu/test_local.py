@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-import launchers  # finds launch/tpu
+import launchers
 import launching
 import local
 import pytest

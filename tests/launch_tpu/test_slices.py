@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import launchers  # noqa: F401  finds launch/tpu
 import pytest
 import slices
 

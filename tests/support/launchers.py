@@ -1,4 +1,4 @@
-"""For tests: the modules of launch/tpu, and stand-ins of the programs that they call."""
+"""For tests: stand-ins of the programs that the launchers call."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "launch" / "tpu"
-if str(FOLDER) not in sys.path:
-  sys.path.insert(0, str(FOLDER))
 
 HEAD = f"""#!{sys.executable} -IS
 import json, os, pathlib, subprocess, sys
