@@ -50,12 +50,14 @@ perf: $(VENV)/.dev
 	$(PY) launch/perf.py step --json=runs/perf_step.json
 	$(PY) launch/perf.py sampler --json=runs/perf_sampler.json
 
-# Programs compiled ahead of time for TPUs and an H100 on any machine. jax's CUDA compiler lies beside
-# the environment, where it is seen by these tests only: a program without a GPU would warn of it.
+# Programs compiled ahead of time for TPUs and an H100 on any machine, and launch/PLAN.md written
+# anew. jax's CUDA compiler lies beside the environment, where it is seen by these only: a program
+# without a GPU would warn of it.
 CUDA := $(VENV)/cuda
 aot-check: $(CUDA)/.installed
 	$(PY) -m pip install --quiet --editable '.[plan]'
 	PYTHONPATH=$(CUDA) $(PY) -m pytest -m aot tests
+	PYTHONPATH=$(CUDA) $(PY) launch/plan_table.py
 
 $(CUDA)/.installed: $(VENV)/.dev
 	version=$$($(PY) -c 'import jax; print(jax.__version__)') && $(PY) -m pip install --quiet \

@@ -67,6 +67,9 @@ WHOLE = {
   "llama-70b-v5e-256": Case(
     "Llama-3.1-70B", "v5e:16x16", {"fsdp": 64, "tensor": 4}, 0, 0, 64, 1024
   ),
+  # Weak scaling of the train step, from qwen3-8b-v5p-16 on.
+  "qwen3-8b-v5p-64": Case("Qwen3-8B", "v5p:4x4x4", {"data": 4, "fsdp": 16}, 0, 0, 64, 1024),
+  "qwen3-8b-v5p-256": Case("Qwen3-8B", "v5p:4x8x8", {"data": 16, "fsdp": 16}, 0, 0, 256, 1024),
   "qwen3-8b-h100-8": Case("Qwen3-8B", "h100x8", {"fsdp": 8}, 8, 1, 8, 1024),
 }
 
@@ -92,8 +95,8 @@ def config_of(case: Case, devices: int) -> Any:
   return c
 
 
-def row_of(name: str, case: Case) -> list[str]:
-  """Compiles a case; its row of the table."""
+def row_of(name: str, case: Case) -> tuple[list[str], list[str]]:
+  """Compiles a case; its row of the table, and what is not as it should be."""
   from trinity_jax.plan import choosing, report
   from trinity_jax.plan.topologies import find
 
@@ -112,7 +115,7 @@ def row_of(name: str, case: Case) -> list[str]:
   samplers = f"{case.samplers}, tensor {case.tensor}" if case.samplers else "elsewhere"
   train = made.times.get("train step")
   decode = made.times.get("decode")
-  return [
+  row = [
     f"{name} ({case.topology})", mesh, samplers,
     f"{made.stage.micros} of {made.stage.spec.rows} x {max(made.stage.spec.row_lengths)}",
     gb(kept), temp("train step"), temp("prefill"), temp("decode"), gb(made.peak),
@@ -123,6 +126,22 @@ def row_of(name: str, case: Case) -> list[str]:
     f"{sum(made.step.values()):.1f}" if "decode" in made.step and train else "-",
     f"{sum(c.seconds for c in made.compiled.values()):.0f}",
   ]  # fmt: skip
+  return row, problems(name, made)
+
+
+def problems(name: str, made: Any) -> list[str]:
+  """What a plan of the table must not show."""
+  from trinity_jax.plan import report
+
+  out = []
+  if not made.fits:
+    out.append(f"{name}: needs {made.peak / 1e9:.1f} GB a device")
+  elif float(report.gathered_layers(made)) > 1:
+    out.append(f"{name}: gathers {report.gathered_layers(made)} layers at once")
+  if abs(made.estimate["peak"] / made.peak - 1) > 0.1:
+    share = made.estimate["peak"] / made.peak
+    out.append(f"{name}: --mode=check estimates {share:.2f} of the compiler's peak")
+  return out
 
 
 def _temporary(c: Any) -> str:
@@ -143,15 +162,18 @@ def read_rows(text: str) -> dict[str, str]:
   return {m[1]: m.string.strip("| ") for m in found if m and m[1] in WHOLE}
 
 
-def main(_) -> None:
+def main(_: list[str]) -> None:
   unknown = [n for n in CASES.value if n not in WHOLE]
   if unknown:
     raise app.UsageError(f"--cases={','.join(unknown)}: unknown; known: {', '.join(WHOLE)}")
-  out = Path(OUT.value)
+  out, found = Path(OUT.value), []
   for name in CASES.value or WHOLE:
-    row = " | ".join(row_of(name, WHOLE[name]))
+    cells, wrong = row_of(name, WHOLE[name])
+    found += wrong
     rows = read_rows(out.read_text()) if out.exists() else {}
-    out.write_text(table({**rows, name: row}))
+    out.write_text(table({**rows, name: " | ".join(cells)}))
+  if found:
+    sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

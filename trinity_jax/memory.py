@@ -124,14 +124,15 @@ def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) 
 
   Per token and layer, besides its input: with remat none the norms, q, k, v, the attention's
   output, and three arrays of the mlp; with dots the matmuls' outputs; with full nothing, one layer
-  at a time being computed again. The scores are one layer's, and on a TPU a few tiles only.
+  at a time being computed again. Of scores there are one layer's, with their weights' and their own
+  gradient; on a TPU a few tiles only.
   """
   T = max(spec.row_lengths)
   tokens = T * spec.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
   tensor, size = mesh.shape["tensor"], jnp.dtype(config.model.dtype).itemsize
   D, F, H = model.hidden_size, model.intermediate_size, model.num_heads
   heads = (H + model.num_kv_heads) * model.head_dim * 2
-  scores = 0 if mesh.devices.flat[0].platform == "tpu" else 4 * H * T // tensor
+  scores = 0 if mesh.devices.flat[0].platform == "tpu" else 3 * 4 * H * T // tensor
   inside = size * (3 * D + (heads + 3 * F) // tensor)
   dots = size * (2 * D + (heads + 2 * F) // tensor)
   kept = {"none": inside, "dots": dots, "full": 0}[config.model.remat]

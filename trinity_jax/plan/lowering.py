@@ -18,12 +18,12 @@ from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.config import Config
 from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import UserError, suggestion
-from trinity_jax.memory import BLOCK
+from trinity_jax.memory import BLOCK, LOGIT_ROWS
 from trinity_jax.models import params as params_lib
 from trinity_jax.models import sharding
 from trinity_jax.models.presets import PRESETS, ModelConfig
 from trinity_jax.plan import costs
-from trinity_jax.sampler.programs import Programs
+from trinity_jax.sampler.programs import Programs, shards_of
 from trinity_jax.trainer.extras import extras_of
 from trinity_jax.trainer.packing import PackSpec, pack, pack_spec
 from trinity_jax.trainer.programs import lower_step, make_parts
@@ -128,8 +128,12 @@ def programs(stage: Stage) -> dict[str, tuple[Callable[[], jax.stages.Lowered], 
   P, T = max(sampler.prompt_counts) * sampler.shards, max(sampler.prompt_lengths)
   ends = (0, *spec.live_lengths)
   at_once = sum(min(b - a, BLOCK) for a, b in zip(ends, ends[1:]))
+  mesh = stage.meshes.train
+  rows = stage.spec.rows * max(stage.spec.row_lengths) // shards_of(mesh)
+  head = -(-rows // (512 if mesh.devices.flat[0].platform == "cpu" else LOGIT_ROWS))
   out: dict[str, tuple[Callable[[], jax.stages.Lowered], tuple[float, ...]]] = {
-    "train step": (lambda: train_step(stage), (float(stage.micros),)),
+    # Micro-batches, and in each of them the live rows that the head takes at a time.
+    "train step": (lambda: train_step(stage), (float(stage.micros), float(head))),
     "publish": (lambda: publish(stage), ()),
   }
   if stage.config.sampler.engine != "native":
@@ -198,7 +202,7 @@ def _compiled(name: str, lower: Callable[[], jax.stages.Lowered], dynamic) -> Co
     memory.output_size_in_bytes - memory.alias_size_in_bytes,
     memory.temp_size_in_bytes,
     memory.generated_code_size_in_bytes,
-    costs.cost(done.as_text(), dynamic),
+    costs.cost(done.as_text() or "", dynamic),
   )
 
 
