@@ -14,6 +14,9 @@
         plan              compiles for --topology, prints memory, traffic and time, runs nothing
         keys              prints every config key: default, limits, meaning
   --topology=NAME         devices of --mode=plan: v5e:2x2, v5p:4x4x8, h100x8, local (default) ...
+  --distributed=PLACE     trains in several processes, each started with this command. PLACE is
+                          where they meet: ADDRESS:PORT,COUNT,INDEX, or auto (TPU pods, GKE, Slurm).
+                          Without it TRINITY_JAX_COORDINATOR, ..._PROCESSES and ..._PROCESS_ID tell
   --debug                 prints tracebacks of user errors too
   --verbosity=N           what libraries log: -1 warnings (default), 0 information, 1 debugging
   --help                  prints this
@@ -37,11 +40,12 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from trinity_jax import config_keys, config_schema
-from trinity_jax.config import resolve
+from trinity_jax.config import Config, resolve
 from trinity_jax.errors import RunFailed, UserError, root_cause, suggestion
 from trinity_jax.kernels.errors import CannotRun  # pyright: ignore[reportMissingImports]
 from trinity_jax.preemption import EXIT_CODE, Preempted
 
+EXPECTED = (Preempted, RunFailed, UserError, CannotRun)  # all else is a bug of ours
 MODES = (*config_schema.MODES, "keys")
 
 
@@ -52,6 +56,7 @@ def own_flags() -> flags.FlagValues:
   flags.DEFINE_string("workdir", None, "The run's folder.", flag_values=values)
   flags.DEFINE_enum("mode", None, MODES, "What to do.", flag_values=values)
   flags.DEFINE_string("topology", "local", "Devices of --mode=plan.", flag_values=values)
+  flags.DEFINE_string("distributed", "", "Where processes meet.", flag_values=values)
   flags.DEFINE_integer("task", 0, "Task of --mode=debug.", lower_bound=0, flag_values=values)
   flags.DEFINE_bool("debug", False, "Print tracebacks of user errors.", flag_values=values)
   flags.DEFINE_integer("verbosity", -1, "What libraries log.", flag_values=values)
@@ -193,9 +198,41 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
 
     debug(config, own["workdir"].value, own["task"].value or 0)
     return
+  train(config, own["workdir"].value, own["distributed"].value or "", bool(own["debug"].value))
+
+
+def train(config: Config, workdir: str, place: str, debug: bool) -> None:
+  """Runs the config, with the other processes of the run where there are any."""
+  from trinity_jax import distributed
   from trinity_jax.run import run
 
-  run(config, own["workdir"].value)
+  if config.mode == "explore":  # explorers are alone wherever they run
+    place = "off"
+  world = distributed.join(place)
+  try:
+    run(config, workdir, world)
+  except Exception as error:
+    if world.count > 1 and not isinstance(root_cause(error), Preempted):  # nobody else knows of it
+      world.fail(root_cause(error), exit_code(error, debug))
+    world.close()
+    raise
+  world.close()
+
+
+def exit_code(error: BaseException, debug: bool) -> int:
+  """Prints what went wrong, as briefly as it deserves; returns the code to exit with."""
+  cause = root_cause(error)  # threads and task groups wrap what happened
+  if isinstance(cause, Preempted):
+    print(cause, file=sys.stderr)
+    return EXIT_CODE
+  if isinstance(cause, RunFailed):
+    traceback.print_exception(error)
+    return 3
+  if debug or not isinstance(cause, EXPECTED):
+    traceback.print_exception(error)
+  if isinstance(cause, EXPECTED):
+    print("error:", " ".join(str(cause).split()), file=sys.stderr)
+  return 1
 
 
 def main(argv: list[str]) -> int:
@@ -205,20 +242,10 @@ def main(argv: list[str]) -> int:
     own, values = parse(argv)
     logging.set_verbosity(own["verbosity"].value or 0)
     launch(own, values)
-  except Exception as error:  # threads and task groups wrap what happened: look at the root
-    cause = root_cause(error)
-    if isinstance(cause, Preempted):
-      print(cause, file=sys.stderr)
-      return EXIT_CODE
-    if isinstance(cause, RunFailed):
-      traceback.print_exc()
-      return 3
-    if not isinstance(cause, UserError | CannotRun):
+  except Exception as error:
+    if not isinstance(root_cause(error), EXPECTED):
       raise
-    if debug:
-      traceback.print_exc()
-    print("error:", " ".join(str(cause).split()), file=sys.stderr)
-    return 1
+    return exit_code(error, debug)
   return 0
 
 

@@ -116,6 +116,9 @@ class Instant:
 
   def leave(self) -> None: ...
 
+  async def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    return np.zeros(len(tokens), np.float32)
+
   def describe(self) -> str:
     return "sampling is instant"
 

@@ -163,6 +163,9 @@ def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
       f"config.sampler.devices = {own}: there are {len(devices)} devices, and training needs some"
     )
   train = sharding.make_mesh(m.data, m.fsdp, m.tensor, devices[: len(devices) - own])
+  here = [d for d in devices if d.process_index == jax.process_index()]
+  if len(here) < len(devices):
+    return Meshes(train, (_local_rollout(config, here),))
   if not own and s.replicas == 1:
     if s.tensor not in (0, m.tensor):
       raise UserError(
@@ -180,6 +183,22 @@ def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
   return Meshes(train, tuple(sharding.make_mesh(-1, 1, s.tensor or each, p) for p in parts))
 
 
+def _local_rollout(config: Config, devices: Sequence[Any]) -> Mesh:
+  """The sampler's mesh where several processes train: the devices of its own process.
+
+  Raises:
+    UserError: samplers with devices of their own.
+  """
+  s = config.sampler
+  if s.devices or s.replicas > 1:
+    raise UserError(
+      f"config.sampler.devices = {s.devices}, replicas = {s.replicas}: where several processes "
+      "train, the sampler shares the first one's devices; leave them at 0 and 1, or sample in "
+      "processes of their own (--mode=explore)"
+    )
+  return sharding.make_mesh(-1, 1, s.tensor or min(config.mesh.tensor, len(devices)), devices)
+
+
 def _use_cpu_devices(count: int) -> None:
   """Takes effect before the first use of a device, and on a CPU only.
 
@@ -190,7 +209,7 @@ def _use_cpu_devices(count: int) -> None:
     return
   with contextlib.suppress(RuntimeError):  # in use: looked at below
     jax.config.update("jax_num_cpu_devices", count)
-  found = jax.devices()
+  found = jax.local_devices()
   if found[0].platform == "cpu" and len(found) != count:
     raise UserError(
       f"config.mesh.cpu_devices = {count}: JAX runs as {len(found)} CPU devices already; set it "

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 
 from trinity_jax import snapshots
 from trinity_jax.checksums import checksums, compare
+from trinity_jax.distributed import ALONE, World
 from trinity_jax.errors import RunFailed
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.probe import Probe
@@ -67,6 +68,7 @@ class SnapshotPublisher:
     bell: rung after each publish.
     probe: how to evaluate what is published; None = no probe.
     launch: of the mesh that holds the params, where other threads use it too.
+    world: the processes that hold the params; the first one writes.
   """
 
   def __init__(
@@ -78,15 +80,19 @@ class SnapshotPublisher:
     bell: Bell | None = None,
     probe: Probe | None = None,
     launch: LaunchOrder | None = None,
+    world: World = ALONE,
   ):
     if keep < 1:
       raise ValueError(f"keep = {keep}, expected at least 1")
     self.directory = Path(directory).absolute()
-    self._keep, self._bell, self._probe = keep, bell, probe
+    self._keep, self._bell, self._probe, self._world = keep, bell, probe, world
     self._run = launch or (lambda program, *args: program(*args))
     self._launch = launch
     self._cast = None if dtype is None else _caster(dtype)
     self._first = True
+    self._newest: Manifest | None = None
+    if not world.leader:
+      return
     with snapshots.writing(self.directory):
       self.directory.mkdir(parents=True, exist_ok=True)
       self._newest = snapshots.read_manifest(self.directory)
@@ -100,11 +106,13 @@ class SnapshotPublisher:
     """What readers see, None before the first publish ever."""
     return self._newest
 
-  def publish(self, version: int, params: Any, *, step: int | None = None) -> Manifest:
+  def publish(self, version: int, params: Any, *, step: int | None = None) -> Manifest | None:
     """Writes params as `version`, makes it the newest and rings; returns its manifest.
 
+    Of several processes all call it, and those that do not write get None.
+
     Args:
-      params: any layout of one process; whole when this returns, so they may be donated then.
+      params: any layout; whole when this returns, so they may be donated then.
       step: the trainer's step, when it is beyond `version`.
 
     Raises:
@@ -119,7 +127,13 @@ class SnapshotPublisher:
       params = self._run(self._cast, params)
     sums = checksums(params, launch=self._launch)
     dtype = str(jax.tree.leaves(params)[0].dtype)
-    if self._first and self._is_newest(version, sums, dtype):
+    there = self._world.agree(self._first and self._is_newest(version, sums, dtype))
+    probe = self._probe.record(version, params) if self._probe and not there else {}
+    if not self._world.leader:
+      if not there:
+        snapshots.take_part(params)
+      return None
+    if there:
       assert newest is not None
       manifest = dataclasses.replace(newest, finished=False)
     else:
@@ -131,7 +145,7 @@ class SnapshotPublisher:
         step=version if step is None else step,
         dtype=dtype,
         checksums=sums,
-        probe=self._probe.record(version, params) if self._probe else {},
+        probe=probe,
         finished=False,
         written_at=time.time(),
       )

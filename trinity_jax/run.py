@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from trinity_jax.config import Config, resolve, stage_configs
+from trinity_jax.distributed import ALONE, World
 from trinity_jax.errors import UserError
 from trinity_jax.preemption import Preemption
 
 CONFIG = "config.json"
 
 
-def run(config: Any, workdir: str | Path) -> dict[str, Any]:
+def run(config: Any, workdir: str | Path, world: World = ALONE) -> dict[str, Any]:
   """Runs a config to its end, or continues it where an earlier process stopped.
 
   Args:
     config: ConfigDict or Config.
-    workdir: the run's folder; finished stages in it are skipped, checkpoints are continued.
+    workdir: the run's folder; finished stages in it are skipped, checkpoints are continued. All
+      processes of a run see it.
+    world: the processes that train together.
 
   Returns:
-    The contents of WORKDIR/summary.json.
+    The contents of WORKDIR/summary.json; {} where another process leads.
 
   Raises:
     UserError: a mistake in the config, the data or the folder.
@@ -35,9 +38,16 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
   config = config if isinstance(config, Config) else resolve(config)
   if config.mode == "explore":
     return explore(config, Path(workdir))
-  workdir = prepare_workdir(Path(workdir), config)
   start = time.monotonic()
-  warnings = preflight(config, workdir)
+  workdir, warnings = Path(workdir).absolute(), []
+  if world.count > 1:
+    from trinity_jax.build import make_meshes
+
+    make_meshes(config)  # brings the devices up, for which all processes are needed
+  if world.leader:
+    prepare_workdir(workdir, config)
+    warnings = preflight(config, workdir)
+  world.meet("the run's folder")
 
   from trinity_jax.monitor.compiles import CompileCounter
   from trinity_jax.monitor.progress import Progress
@@ -47,11 +57,15 @@ def run(config: Any, workdir: str | Path) -> dict[str, Any]:
   with (
     preemption.on_signals(),
     CompileCounter() as compiles,
-    Progress(config.monitor.progress, title=config.name) as shown,
+    Progress(config.monitor.progress if world.leader else "none", title=config.name) as shown,
+    preemption.telling(world.ask_all_to_end),
   ):
+    world.watch(preemption.request)
     for warning in warnings:
       shown.message(f"warning: {warning}")
-    results = run_stages(config, workdir, compiles, timeline, shown, preemption)
+    results = run_stages(config, workdir, compiles, timeline, shown, preemption, world)
+    if not world.leader:
+      return {}
     summary = summarise(config, workdir, results, time.monotonic() - start, compiles)
     if compiles.since_warmup:
       shown.message(f"compiled after the warm-up (a bug): {', '.join(compiles.late)}")
@@ -98,7 +112,9 @@ def explore(config: Config, workdir: Path) -> dict[str, Any]:
   return {}
 
 
-def run_stages(config: Config, workdir: Path, compiles, timeline, progress, preemption) -> list:
+def run_stages(
+  config: Config, workdir: Path, compiles, timeline, progress, preemption, world: World = ALONE
+) -> list:
   """Runs each stage that has not finished; each starts from the previous one's model."""
   from trinity_jax.stage import read_stage_result, run_stage
 
@@ -107,13 +123,14 @@ def run_stages(config: Config, workdir: Path, compiles, timeline, progress, pree
   for stage in stage_configs(config):
     directory = stage_directory(config, workdir, stage)
     marker = directory / "stage.json"
-    if marker.exists():
+    if world.agree(marker.exists()):
       result = dataclasses.replace(read_stage_result(marker), resumed=True)
       progress.message(f"stage {stage.name} is done already ({marker}); skipped")
     else:
       model = Path(results[-1].model) if results else first_model(stage, workdir)
       directory.mkdir(parents=True, exist_ok=True)
-      result = run_stage(stage, directory, model, compiles, timeline, progress, preemption)
+      result = run_stage(stage, directory, model, compiles, timeline, progress, preemption, world)
+      world.meet(f"stage {stage.name}")
     results.append(result)
   return results
 

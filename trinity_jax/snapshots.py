@@ -31,6 +31,7 @@ import numpy as np
 from trinity_jax import checksums
 from trinity_jax.errors import RunFailed
 from trinity_jax.monitor.files import write_atomic
+from trinity_jax.placement import replicated
 
 MANIFEST = "manifest.json"
 _WEIGHTS = "weights.safetensors"
@@ -159,6 +160,12 @@ def write(directory: Path, manifest: Manifest, params: Any) -> None:
     raise
 
 
+def take_part(params: Any) -> None:
+  """What `write` asks of the processes that do not write: to give it their parts of each tensor."""
+  for leaf in jax.tree.leaves(params):
+    jax.block_until_ready(replicated(leaf))
+
+
 def _write_tensors(file: Path, params: Any) -> None:
   """The safetensors format: length, a JSON header of names, shapes and offsets, the bytes."""
   leaves, header, end = jax.tree.leaves(params), {}, 0
@@ -172,9 +179,10 @@ def _write_tensors(file: Path, params: Any) -> None:
   with file.open("wb", buffering=0) as out:
     _write_all(out, len(text).to_bytes(8, "little") + text)
     for leaf, after in zip(leaves, [*leaves[1:], None]):
-      if isinstance(after, jax.Array):
+      if isinstance(after, jax.Array) and after.is_fully_addressable:
         after.copy_to_host_async()  # while this one is written
-      _write_all(out, np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+      whole = np.ascontiguousarray(replicated(leaf))
+      _write_all(out, whole.reshape(-1).view(np.uint8).data)
     os.fsync(out.fileno())
 
 

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trinity_jax import build
+from trinity_jax import build, following
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.config import Config
 from trinity_jax.config_checks import check_lag, check_rows
+from trinity_jax.distributed import ALONE, World
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import Experience, ExperienceId, Task
 from trinity_jax.explorer.evaluation import is_due
@@ -34,7 +35,8 @@ from trinity_jax.monitor.compiles import CompileCounter
 from trinity_jax.monitor.progress import Progress, Sample
 from trinity_jax.monitor.summary import peak_rss_mb, rss_mb
 from trinity_jax.monitor.timeline import Timeline
-from trinity_jax.monitor.writers import FILE, make_writers, read_jsonl
+from trinity_jax.monitor.writers import FILE, Writers, make_writers, read_jsonl
+from trinity_jax.placement import to_local
 from trinity_jax.preemption import Preempted, Preemption
 from trinity_jax.probe import make_probe
 from trinity_jax.publishing import SnapshotPublisher
@@ -46,6 +48,7 @@ from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of
 from trinity_jax.trainer.trainer import Trainer
 from trinity_jax.watchdog import Watchdog
 
+_PATIENCE = 2  # times sync.timeout that other processes wait for the first one
 WARMUP_STEPS = 2  # steps after which a compilation counts as unexpected
 
 
@@ -65,7 +68,7 @@ class Stage:
     config: of this stage (no `stages` of its own).
     directory: its folder: metrics.jsonl, checkpoints/, hf/.
     model_path: Hugging Face folder it starts from.
-    compiles, timeline, progress, preemption: the run's.
+    compiles, timeline, progress, preemption, world: the run's.
   """
 
   def __init__(
@@ -77,8 +80,9 @@ class Stage:
     timeline: Timeline,
     progress: Progress,
     preemption: Preemption,
+    world: World = ALONE,
   ):
-    self.preemption = preemption
+    self.preemption, self.world = preemption, world
     self.config, self.directory, self.model_path = config, directory, model_path
     self.compiles, self.timeline, self.progress = compiles, timeline, progress
     self.algorithm = make_algorithm(config.algorithm)
@@ -97,9 +101,9 @@ class Stage:
     layout = sharding.param_shardings(self.model, self.mesh)
     params, _ = hf.load(model_path, dtype=jnp.dtype(config.model.param_dtype), shardings=layout)
     rollout_dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
-    self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep)
+    self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep, world)
     self.buffer, self.publisher = None, None
-    if not self.offline:
+    if not self.offline and world.leader:
       saved = self.checkpoints.latest_step() or 0
       self.buffer = build.make_buffer(config, self.schedule, directory, saved)
     self.bell = self.buffer.bell if self.buffer is not None else ThreadBell()
@@ -111,16 +115,19 @@ class Stage:
       timeout=config.sync.timeout,
       bell=self.bell,
       pinned=self._awaits_evaluation,
+      localize=self._localize,
     )
-    if self.buffer is not None and config.mode == "train":
+    if not self.offline and config.mode == "train":
       self.publisher = SnapshotPublisher(
         directory / "weights",
         keep=build.kept_versions(self.schedule),
         bell=self.bell,
         probe=make_probe(self.model, self.launch),
         launch=self.launch,
+        world=world,
       )
-      announce(directory, model_path)
+      if world.leader:
+        announce(directory, model_path)
     self.trainer = Trainer(
       config,
       self.algorithm,
@@ -135,12 +142,14 @@ class Stage:
       self.buffer.restore(self.start)
       if config.mode == "both":
         self.buffer.release(config.explorer.name)
-    self.writers = make_writers(
-      config, directory, resume_step=self.start if self.resumed else -1, report=progress.message
-    )
+    self.writers = Writers([])
+    if world.leader:
+      self.writers = make_writers(
+        config, directory, resume_step=self.start if self.resumed else -1, report=progress.message
+      )
     self._evaluated = {
       row["step"]: row["eval/accuracy"]
-      for row in read_jsonl(directory / FILE)
+      for row in (read_jsonl(directory / FILE) if world.leader else ())
       if "eval/accuracy" in row
     }
     for version, score in self._evaluated.items():
@@ -156,10 +165,24 @@ class Stage:
     """Trainer steps done before this process began."""
     return self._start
 
+  @property
+  def explores(self) -> bool:
+    """Whether a sampler runs beside the trainer: to explore, or to evaluate what is trained."""
+    c = self.config
+    return bool(c.eval.tasksets) if self.offline else c.mode != "train"
+
+  def _localize(self, params: Any) -> Any:
+    """Published parameters on the devices of the sampler's process, where there are several."""
+    if self.world.count == 1 or not self.explores:
+      return params
+    rollout = self.meshes.rollout[0]
+    to = sharding.param_shardings(self.model, rollout) if self.world.leader else None
+    return to_local(params, to, self.launch)
+
   def _resume(self) -> bool:
     """Restores the newest checkpoint, if there is one. Returns whether there was."""
     self._start = 0
-    step = self.checkpoints.latest_step()
+    step = self.world.agree(self.checkpoints.latest_step())
     if step is None:
       return False
     state, meta = self.checkpoints.restore(step, self.trainer.state)
@@ -213,6 +236,7 @@ class Stage:
         if self.publisher is not None:
           self.publisher.finish()
         source.finish()
+        self.world.meet(f"end of {c.name}", _PATIENCE * c.sync.timeout)
       except RunFailed:
         if self.preemption.requested:
           raise self._preempted() from None
@@ -225,17 +249,31 @@ class Stage:
 
   def _sample(self, source: Source) -> list[Experience]:
     """The next step's experiences; when the run is asked to end, saves it and raises Preempted."""
+    with self.timeline.span("wait_for_batch"):
+      found = self._read(source) if self.world.leader else self._hear()
+    if found is not None:
+      return found
+    step = self.trainer.step_number
+    if self.world.agree(self.checkpoints.latest_step()) != step:
+      self._save(step)
+    raise self._preempted()
+
+  def _read(self, source: Source) -> list[Experience] | None:
+    """What the source has for the next step, told to all; None when the run is asked to end."""
     try:
-      if not self.preemption.requested:
-        with self.timeline.span("wait_for_batch"):
-          return source.sample()
+      found = None if self.preemption.requested else source.sample()
     except RunFailed:
       if not self.preemption.requested:
         raise
-    step = self.trainer.step_number
-    if self.checkpoints.latest_step() != step:
-      self._save(step)
-    raise self._preempted()
+      found = None
+    if found is None:
+      following.tell_end(self.world)
+    else:
+      following.tell(self.world, found)
+    return found
+
+  def _hear(self) -> list[Experience] | None:
+    return following.hear(self.world, _PATIENCE * self.config.sync.timeout)
 
   def _preempted(self) -> Preempted:
     step = self.checkpoints.latest_step()
@@ -260,9 +298,10 @@ class Stage:
       try:
         metrics = self.trainer.step(experiences)
       except RunFailed:
-        self.trainer.save_last_batch(self.directory / "bad_batch")
+        if self.world.leader:
+          self.trainer.save_last_batch(self.directory / "bad_batch")
         raise
-    if self._publishes(step):
+    if self.world.agree(self._publishes(step)):
       self._publish(step)
     metrics |= source.metrics(experiences)
     metrics |= self._machine_metrics(experiences)
@@ -374,10 +413,12 @@ class Stage:
   def _source(self) -> Iterator[Source]:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     c = self.config
+    if not self.world.leader:
+      yield Source(self)  # what the leader tells
+      return
     kind = Demonstrations if self.algorithm.supervised else Recording if self.offline else Rollouts
-    alone = c.mode == "train" and not self.offline  # explorers have processes of their own
     explorer = engine = None
-    if not alone and not (self.offline and not c.eval.tasksets):
+    if self.explores:
       engine = build.make_engine(
         c, self.model, self.meshes, self.launch, self.timeline.span, self.model_path
       )
@@ -452,6 +493,7 @@ def run_stage(*args, **kwargs) -> StageResult:
   start = time.monotonic()
   stage = Stage(*args, **kwargs)
   result = stage.run()
-  write_stage_result(stage.directory / "stage.json", result, time.monotonic() - start)
+  if stage.world.leader:
+    write_stage_result(stage.directory / "stage.json", result, time.monotonic() - start)
   jax.clear_caches()
   return result

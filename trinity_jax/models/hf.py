@@ -23,6 +23,7 @@ from trinity_jax.models import params as params_lib
 from trinity_jax.models import tokenizer as tokenizer_lib
 from trinity_jax.models.params import Params, ParamSpec
 from trinity_jax.models.presets import ModelConfig
+from trinity_jax.placement import replicated
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -221,6 +222,8 @@ def save(
 ) -> Path:
   """Writes an HF folder that `transformers` loads; replaces what was at `path` only when complete.
 
+  Of several processes all call it, and the first one writes.
+
   Args:
     tokenizer_dir: HF folder whose tokenizer and generation config are copied.
     max_shard_bytes: a larger model is split over several files with an index.
@@ -230,6 +233,10 @@ def save(
   """
   path = Path(path)
   params_lib.check(params, config)
+  if jax.process_index():
+    for _ in to_tensors(params, config):
+      pass
+    return path
   temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
   try:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -298,7 +305,7 @@ def to_tensors(params: Params, config: ModelConfig) -> Iterator[tuple[str, np.nd
   """Yields (HF tensor name, host array in HF orientation) of parameters, or of their gradients."""
   specs, treedef = jax.tree.flatten(params_lib.abstract(config))
   for spec, leaf in zip(specs, treedef.flatten_up_to(params)):
-    host = np.asarray(leaf)
+    host = np.asarray(replicated(leaf))
     for layer in range(spec.shape[0] if spec.stacked else 1):
       value = host[layer] if spec.stacked else host
       value = value.T if spec.transposed else value
