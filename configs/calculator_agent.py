@@ -9,6 +9,7 @@ that imitation gets little more than the sums right. GRPO sees only whether the 
 """
 
 from trinity_jax.config import base_config
+from trinity_jax.tasks.tool_sums import words
 
 SUMS = "trinity_jax.tasks.tool_sums:generate"
 
@@ -16,28 +17,30 @@ SUMS = "trinity_jax.tasks.tool_sums:generate"
 def get_config():
   c = base_config()
   c.name = "calculator_agent"
-  c.model.tiny = dict(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, intermediate=384)
+  c.model.tiny = dict(
+    hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=192, words=words()
+  )
   c.taskset.generate = SUMS
   c.taskset.workflow = "calculator_agent"
-  c.sampler.max_prompt_length = 152  # of the third turn
-  c.sampler.max_response_length = 40  # a call and the end of the message
+  c.sampler.max_prompt_length = 56  # of the third turn
+  c.sampler.max_response_length = 8  # a call and the end of the message
   c.sampler.slots = 256
   c.sampler.prefill_batches = (64,)
-  c.sampler.prompt_buckets = (16, 64, 152)
-  c.sampler.cache_buckets = (104, 192)
+  c.sampler.prompt_buckets = (16, 56)
+  c.sampler.cache_buckets = (32, 64)
   c.eval.tasksets = (
     dict(
       name="held_out", generate=SUMS, generate_args=dict(split="eval"), workflow="calculator_agent"
     ),
   )
-  c.trainer.row_lengths = (192,)
+  c.trainer.row_lengths = (64,)
   c.stages = (
     {
       "name": "sft",
       "algorithm.name": "sft",
       "taskset.generate_args": dict(split="sft", wrong_fraction=0.6),
       "taskset.messages_key": "messages",
-      "trainer": dict(total_steps=600, batch_size=64, rows_per_micro=16, save_interval=200),
+      "trainer": dict(total_steps=600, batch_size=64, rows_per_micro=24, save_interval=200),
       "optimizer": dict(
         learning_rate=2e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
       ),

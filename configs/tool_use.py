@@ -19,8 +19,9 @@ PRODUCTS = "trinity_jax.tasks.products:generate"
 def get_config(tool="calculator"):
   c = base_config()
   c.name = "tool_use"
-  c.model.tiny = dict(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=192)
-  c.model.tiny.words = words(tool)
+  c.model.tiny = dict(
+    hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=192, words=words(tool)
+  )
   c.taskset.generate = PRODUCTS
   c.taskset.workflow = "tool_use"
   c.taskset.reward = "exact"

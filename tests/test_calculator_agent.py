@@ -62,7 +62,6 @@ def recipe():
 def small(workflow: str):
   """The recipe, cut short: enough imitation to call the tool now and then, and three steps."""
   c = recipe()
-  c.model.tiny = dict(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=192)
   c.monitor.progress, c.monitor.tensorboard, c.buffer.keep = "none", False, True
   c.sampler.slots, c.sampler.prefill_batches = 32, (16,)
   c.eval.on_start = False

@@ -67,6 +67,19 @@ def generate(
   return out[: len(questions)]
 
 
+def words() -> tuple[str, ...]:
+  """What every dialogue repeats: the tools offered, the call up to the expression, and its end.
+
+  For config.model.tiny.words: a tiny model need not read and write them letter by letter.
+  """
+  before, _, after = _call("|").partition("|")
+  return json.dumps(TOOLS), before, after
+
+
+def _call(expression: str) -> str:
+  return json.dumps({"name": "calc", "arguments": {"x": expression}}, separators=(",", ":"))
+
+
 def _question(pair: int, sign: str) -> str:
   return f"{pair // 10}{sign}{pair % 10}"
 
@@ -86,7 +99,7 @@ def value(expression: str) -> int | None:
 
 def _demonstration(question: str, wrong: bool) -> list[dict[str, Any]]:
   asked = question.replace("-", "+") if wrong else question
-  call = json.dumps({"name": "calc", "arguments": {"x": asked}}, separators=(",", ":"))
+  call = _call(asked)
   first = [
     {"role": "system", "content": json.dumps(TOOLS)},
     {"role": "user", "content": question},
