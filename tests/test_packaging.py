@@ -73,7 +73,7 @@ def test_imported_packages_are_declared():
   """What the package imports is a dependency, or an extra's."""
   known = {
     "absl": "absl-py", "google": "", "jax": "jax", "jaxlib": "jax", "math_verify": "math-verify",
-    "ml_collections": "ml-collections", "orbax": "orbax-checkpoint",
+    "ml_collections": "ml-collections", "orbax": "orbax-checkpoint", "yaml": "pyyaml",
   }  # fmt: skip
   listed = [*PROJECT["project"]["dependencies"]]
   for extra in PROJECT["project"]["optional-dependencies"].values():
@@ -82,7 +82,7 @@ def test_imported_packages_are_declared():
   declared |= {"mlflow"} if "mlflow-skinny" in declared else set()
   for path in sorted([*(ROOT / "trinity_jax").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]):
     for name in sorted(imported(path)):
-      beside = path.is_relative_to(ROOT / "launch") and (ROOT / "launch" / f"{name}.py").exists()
+      beside = path.is_relative_to(ROOT / "launch") and path.with_name(f"{name}.py").exists()
       if name in sys.stdlib_module_names or name == "trinity_jax" or beside:
         continue
       assert known.get(name, name).lower() in declared, f"{path}: {name} is not in pyproject.toml"
