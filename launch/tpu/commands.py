@@ -74,6 +74,11 @@ def check_run(run: Sequence[str]) -> None:
       raise UserError(f"--{name} is missing after `--`: launch/main.py needs --{name}={example}")
 
 
+def pod(hosts: int, run: Sequence[str]) -> tuple[str, ...]:
+  """The flag with which a slice's hosts find each other, where there are several."""
+  return ("--distributed=auto",) if hosts > 1 and flag(run, "distributed") is None else ()
+
+
 class Tool:
   """A program of the PATH.
 

@@ -68,7 +68,7 @@ def make_secret(kubectl: commands.Tool, name: str) -> None:
 
 def render(objects: list[manifest.Object]) -> str:
   """YAML documents."""
-  import yaml  # ml_collections brings it
+  import yaml
 
   class Plain(yaml.SafeDumper):
     def ignore_aliases(self, data):

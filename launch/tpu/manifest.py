@@ -113,7 +113,8 @@ def _on_disruption(action: str) -> Object:
 def _trainer(spec: Spec) -> Object:
   """One pod a host of the slice; the first that fails ends the Job."""
   chips, hosts = str(spec.slice.chips_per_host), spec.slice.hosts
-  container = _main(spec, "tpu,cpu", "train" if spec.explorers else "both")
+  mode = "train" if spec.explorers else "both"
+  container = _main(spec, "tpu,cpu", mode, *commands.pod(hosts, spec.run))
   container["resources"] = {"requests": {"google.com/tpu": chips},
                             "limits": {"google.com/tpu": chips}}  # fmt: skip
   nodes = {

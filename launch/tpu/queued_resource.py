@@ -239,11 +239,11 @@ def launch(values: flags.FlagValues, words: list[str], run: list[str]) -> int:
   resource, verb = Resource(values), words[0]
   if verb in ("run", "create"):
     commands.require(values, topology="v5e:4x4")
-    slices.parse(values.topology)
+    slices.parse(values.topology)  # before anything is asked for
   try:
     if verb == "run":
       check_run(run)
-      return resource.run(run)
+      return resource.run([*run, *commands.pod(slices.parse(values.topology).hosts, run)])
     if verb == "logs":
       return resource.follow()
   except KeyboardInterrupt:

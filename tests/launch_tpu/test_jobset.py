@@ -96,9 +96,17 @@ def test_a_slice_alone(capsys):
   assert container["command"] == [
     "python", "launch/main.py", "--config=configs/gsm8k_grpo.py",
     "--config.name=$$(HOSTNAME) it's", "--workdir=/workdir/qwen", "--mode=both",
+    "--distributed=auto",
   ]  # fmt: skip
   assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
   assert pod["restartPolicy"] == "Never"  # a podFailurePolicy needs it
+
+
+def test_one_host_is_alone(capsys):
+  (document,) = render(capsys, "--topology=v5p:2x2x1")
+  (trainer,) = jobs(document).values()
+  assert trainer["parallelism"] == 1
+  assert main_of(trainer)["command"][-1] == "--mode=both"
 
 
 def test_explorers_and_their_database(capsys):
@@ -109,7 +117,7 @@ def test_explorers_and_their_database(capsys):
     assert job["dependsOn"] == [{"name": "postgres", "status": "Ready"}]
   trainer, explorer = main_of(found["trainer"]), main_of(found["explorer"])
   url = "--config.buffer.url=postgresql://trinity@qwen-postgres-0-0.qwen:5432/trinity"
-  assert trainer["command"][-2:] == ["--mode=train", url]
+  assert trainer["command"][-3:] == ["--mode=train", "--distributed=auto", url]
   assert explorer["command"][-3:] == [
     "--mode=explore", "--config.explorer.name=explorer_$(JOB_COMPLETION_INDEX)", url,
   ]  # fmt: skip

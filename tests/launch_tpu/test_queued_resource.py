@@ -44,8 +44,12 @@ elif verb == "scp":
 elif verb == "ssh":
   command = next(a for a in args if a.startswith("--command=")).partition("=")[2]
   chosen = hosts if "--worker=all" in args else hosts[:1]
-  if command.endswith("follow") and pop("lines") == "cut":
-    sys.exit(255)
+  if command.endswith("follow"):
+    if pop("lines") == "cut":
+      sys.exit(255)
+    if tell := pop("tell"):
+      with open(tell, "wb") as f:
+        f.write(b"..")
   codes = [subprocess.run(["bash", "-c", command], cwd=host, stdin=subprocess.DEVNULL,
            env=env | {"HOME": str(host), "PATH": f"{here}/programs:/usr/bin:/bin"}).returncode
            for host in chosen]
@@ -56,26 +60,28 @@ PYTHON3 = """#!/bin/bash
 echo "$*" >> "$HOME/installed"
 case "$*" in *"uv venv"*) mkdir -p .venv/bin; ln -sf {python} .venv/bin/python ;; esac
 """
-# In place of launch/main.py: ends as the next line of the folder that --workdir names says.
+# In place of launch/main.py: does what the next word of a file of the folder that --workdir names
+# says: `wait` tells through a FIFO that it waits for SIGTERM, `after 3` ends with 3 when told.
 MAIN = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
-host = pathlib.Path(os.environ["HOME"]).name
-file = folder / host
-codes = file.read_text().split() if file.exists() else ["0"]
-file.write_text(" ".join(codes[1:] or codes))
-print("args", sys.argv[1:], "on", host, flush=True)
+file = folder / pathlib.Path(os.environ["HOME"]).name
+first, *rest = file.read_text().split(",") if file.exists() else ["0"]
+file.write_text(",".join(rest or [first]))
+print("args", sys.argv[1:], "on", file.name, flush=True)
 
 def save(*_):
   print("saved", flush=True)
   sys.exit(75)
 
-if codes[0] == "wait":
+gate = os.open(folder / "gate", os.O_RDWR)
+if first == "wait":
   signal.signal(signal.SIGTERM, save)
-  os.close(os.open(folder / "waits", os.O_WRONLY))  # a FIFO: tells
+  os.write(gate, b".")
   time.sleep(60)
-time.sleep(float(os.environ.get("STUB_SECONDS", 0)))
-sys.exit(int(codes[0]))
+if first.startswith("after"):
+  os.read(gate, 1)
+sys.exit(int(first.split()[-1]))
 """
 
 
@@ -94,6 +100,8 @@ class Cloud:
     (bin_ / "python3").chmod(0o755)
     self.runs = folder / "runs"
     self.runs.mkdir()
+    os.mkfifo(self.runs / "gate")
+    self.gate = os.open(self.runs / "gate", os.O_RDWR)  # what is told is kept while this is open
     repository = folder / "repository"
     (repository / "launch" / "tpu").mkdir(parents=True)
     shutil.copy(launchers.FOLDER / "worker.sh", repository / "launch" / "tpu")
@@ -111,7 +119,7 @@ class Cloud:
 
   def will_end(self, *codes: str) -> None:
     for host in self.hosts:
-      (self.runs / host.name).write_text(" ".join(codes))
+      (self.runs / host.name).write_text(",".join(codes))
 
   def verbs(self) -> list[str]:
     """What gcloud was asked to do, in short."""
@@ -128,6 +136,7 @@ class Cloud:
 def cloud(tmp_path, monkeypatch):
   cloud = Cloud(tmp_path, monkeypatch)
   yield cloud
+  os.close(cloud.gate)
   for host in cloud.hosts:  # what a failing test left running
     pid = host / "trinity_jax" / ".launch" / "pid"
     if pid.exists():
@@ -184,9 +193,9 @@ def test_a_slice_that_vanishes_while_it_is_spoken_to(cloud, capfd):
   assert "host 0 was lost: preempted" in capfd.readouterr().err
 
 
-def test_a_broken_connection_leaves_the_run_alone(cloud, monkeypatch, capfd):
-  monkeypatch.setenv("STUB_SECONDS", "3")
-  cloud.gcloud.will(lines=["cut", ""])
+def test_a_broken_connection_leaves_the_run_alone(cloud, capfd):
+  cloud.will_end("after 0")
+  cloud.gcloud.will(lines=["cut", ""], tell=str(cloud.runs / "gate"))
   assert cloud.launch("run") == 0
   assert cloud.verbs() == ["describe", *RUN, "describe", "describe", *RUN]
   out, err = capfd.readouterr()
@@ -210,14 +219,9 @@ def test_a_mistake_is_not_started_again(cloud):
 
 
 def test_hosts_that_have_not_noticed_are_ended_before_the_next_start(cloud):
-  (cloud.runs / "host0").write_text("3 0")
-  (cloud.runs / "host1").write_text("wait 0")
-  os.mkfifo(cloud.runs / "waits")
-  reader = os.open(cloud.runs / "waits", os.O_RDONLY | os.O_NONBLOCK)
-  try:
-    assert cloud.launch("run", "--restarts=1") == 0
-  finally:
-    os.close(reader)
+  (cloud.runs / "host0").write_text("after 3,0")
+  (cloud.runs / "host1").write_text("wait,0")
+  assert cloud.launch("run", "--restarts=1") == 0
   log = (cloud.hosts[1] / "trinity_jax" / ".launch" / "log").read_text()
   assert log.count("args ") == 2 and "saved" in log.partition("args ")[2].partition("args ")[0]
 
@@ -264,6 +268,17 @@ def test_other_verbs(cloud, capfd):
   assert cloud.launch("run") == 0
   assert cloud.launch("logs") == 0
   assert capfd.readouterr().out.count("on host0") == 2  # followed twice
+
+
+@pytest.mark.parametrize(
+  ("flags", "last"),
+  [((), []), (("--topology=v5e:4x4",), ["--distributed=auto"]), (("--topology=v5e:1x1",), [])],
+)
+def test_several_hosts_find_each_other(cloud, capfd, flags, last):
+  assert cloud.launch("run", "--dry_run", *flags) == 0
+  start = shlex.split(capfd.readouterr().out.splitlines()[3])
+  inner = shlex.split(start[-1].partition("=")[2])
+  assert inner[3:] == ["--config=a b.py", f"--workdir={cloud.runs}", *last]
 
 
 def test_without_gcloud(cloud, monkeypatch, capfd):

@@ -61,7 +61,7 @@ def job(tmp_path, monkeypatch):
 
   def go(script: str, *, code: int = 0, nodes: int = 2):
     done = subprocess.run(
-      ["bash", "-c", script], cwd=submitted, capture_output=True, text=True, timeout=60,
+      ["bash", "-c", script], cwd=submitted, capture_output=True, text=True, timeout=300,
       env=os.environ | {
         "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[007-008]", "SLURM_NNODES": str(nodes),
         "SLURM_SUBMIT_DIR": str(submitted), "CODE": str(code),
