@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -51,6 +52,7 @@ def serve(config: Any, workdir: str | Path, *, report: Callable[[str], None] = p
     sampling(stage, model_path) as engine,
   ):
     server = make_server(stage, engine, Tokenizer.load(model_path), os.environ.get(TOKEN))
+    gc.collect()  # what is there when it starts is kept, garbage too
     server.start()
     try:
       announce(server, model_path, report)
@@ -83,7 +85,9 @@ class OnDemand:
       RunFailed: the server did not start.
     """
     if self._server is None:
-      self._server = self._make().start()
+      server = self._make()
+      gc.collect()  # what is there when it starts is kept, garbage too
+      self._server = server.start()
     return self._server.session(model)
 
   def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,7 @@ def _serve(stack, config: Config, directory: Path, preemption: Preemption, repor
 
     with preemption.telling(stop):
       first = await _take(versions, engine, 0)
+      gc.collect()  # what is there when it starts is kept, a former life too
       await asyncio.to_thread(server.start)
       announce(server, model_path, report)
       async with asyncio.TaskGroup() as both:

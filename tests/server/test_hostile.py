@@ -158,6 +158,13 @@ def test_a_name_with_a_slash_is_found(served):
     assert httpx.get(url + "org/other", headers=headers).status_code == 404
 
 
+def test_full_collections_leave_what_was_there_before_alone(served):
+  with served.server() as (_, server):
+    assert gc.get_freeze_count() > 20 * len(gc.get_objects())
+    server.close()
+    assert gc.get_freeze_count() == 0
+
+
 def test_noise_is_not_logged(recording, caplog):
   _, client, server = recording
   with caplog.at_level(logging.DEBUG):
