@@ -30,12 +30,12 @@ class Frozen:
   def __init__(self, policy: Policy, params: Any, offload: bool):
     self.policy = policy
     self._shardings = jax.tree.map(lambda p: p.sharding, params)
-    self._kept = fetch(params) if offload else params
+    self._kept, self._offload = fetch(params) if offload else params, offload
 
   @property
   def params(self) -> Any:
     """The parameters as sharded arrays; copies, where they are kept in host memory."""
-    return place(self._kept, self._shardings)
+    return place(self._kept, self._shardings) if self._offload else self._kept
 
 
 def frozen_models(
