@@ -101,13 +101,19 @@ class World:
 
   # --- the end -----------------------------------------------------------------------------------
 
-  def watch(self, ask_to_end: Callable[[], None]) -> None:
-    """Ends this process when another has failed; passes on that one was asked to end."""
+  def watch(self) -> None:
+    """Ends this process as soon as another has failed."""
+    self._listen(_FAILED, self._end)
+
+  def on_end(self, ask_to_end: Callable[[], None]) -> None:
+    """Calls back, from another thread, when a process was asked to end."""
+    self._listen(_ASKED, lambda _: ask_to_end())
+
+  def _listen(self, key: str, heard: Callable[[str], None]) -> None:
     if self.count > 1:
-      for key, heard in ((_FAILED, self._end), (_ASKED, lambda _: ask_to_end())):
-        args = (self._client, key, heard)
-        self._listeners.append(threading.Thread(target=_listen, args=args, name=key, daemon=True))
-        self._listeners[-1].start()
+      args = (self._client, key, heard)
+      self._listeners.append(threading.Thread(target=_listen, args=args, name=key, daemon=True))
+      self._listeners[-1].start()
 
   def ask_all_to_end(self) -> None:
     """This process was asked to end: so are all."""
@@ -115,7 +121,7 @@ class World:
       self._client.key_value_set(_ASKED, "yes", allow_overwrite=True)
 
   def close(self) -> None:
-    """The run is over for all of them; ends what `watch` began."""
+    """The run is over for all of them; ends what `watch` and `on_end` began."""
     self.meet("the end")
     if self.leader and self._listeners:
       for key in (_FAILED, _ASKED):
@@ -235,4 +241,6 @@ def join(flag: str = "") -> World:
   from jax._src import distributed  # the key-value store has no public name
 
   state = distributed.global_state
-  return World(state.process_id, state.num_processes, state.client)
+  world = World(state.process_id, state.num_processes, state.client)
+  world.watch()
+  return world

@@ -60,7 +60,7 @@ def run(config: Any, workdir: str | Path, world: World = ALONE) -> dict[str, Any
     Progress(config.monitor.progress if world.leader else "none", title=config.name) as shown,
     preemption.telling(world.ask_all_to_end),
   ):
-    world.watch(preemption.request)
+    world.on_end(preemption.request)
     for warning in warnings:
       shown.message(f"warning: {warning}")
     results = run_stages(config, workdir, compiles, timeline, shown, preemption, world)
