@@ -199,14 +199,17 @@ def _put(plan: Plan, x):
 
 
 def _need(kernel: str, tile: Tile, D: int, hidden_size: int, weight_size: int) -> int:
-  """Bytes of vector memory: blocks are fetched one ahead; a few [R, C] intermediates in float32."""
+  """Bytes of vector memory: blocks are fetched one ahead; a few [R, C] intermediates in float32.
+
+  Of two dtypes the narrower operand is there in the wider one too.
+  """
   rows, columns = tile.rows * D, tile.columns * D
   blocks = rows * hidden_size + columns * weight_size
-  own = 0
+  own = 4 * (rows if hidden_size < weight_size else columns if weight_size < hidden_size else 0)
   if kernel == "d_hidden":
-    blocks, own = blocks + rows * hidden_size, 2 * 4 * rows
+    blocks, own = blocks + rows * hidden_size, own + 2 * 4 * rows
   elif kernel == "d_weight":
-    blocks, own = blocks + columns * weight_size, 2 * 4 * columns
+    blocks, own = blocks + columns * weight_size, own + 2 * 4 * columns
   return 2 * blocks + own + 6 * 4 * tile.rows * tile.columns
 
 

@@ -94,22 +94,24 @@ def test_other_ways_to_the_loss(target, loss):
 
 
 @pytest.mark.parametrize("target", aot.TPUS)
-@pytest.mark.parametrize("width", [896, 8192])
+@pytest.mark.parametrize("width", [896, 4096, 8192])
 def test_other_widths_compile(target, width):
-  """Tiles of each chip's own memory, too."""
+  """Tiles of each chip's own memory, too; a trainer's parameters are float32, its rows are not."""
   from trinity_jax.kernels.linear_logprob import pallas_tpu
 
   one = NamedSharding(Mesh(np.array(aot.devices(target)[:1]), "x"), PartitionSpec())
   shape = lambda size, dtype: jax.ShapeDtypeStruct(size, dtype, sharding=one)
-  chip = target.partition(":")[0]
 
-  def run(h, w, y, m, t):
+  def run(chip, h, w, y, m, t):
     outs = pallas_tpu.forward(h, w, y, m, t, chip=chip)
     return outs, pallas_tpu.backward(h, w, y, m, t, *outs[1:], outs, chip=chip)
 
-  for dtype in (jnp.bfloat16, jnp.float32):
+  own, half, full = target.partition(":")[0], jnp.bfloat16, jnp.float32
+  for chip, rows, weight in (
+    (own, half, half), (own, full, full), (own, half, full), (None, half, full),
+  ):  # fmt: skip
     args = (
-      shape((1000, width), dtype), shape((width, 32003), dtype), shape((1000,), jnp.int32),
+      shape((1000, width), rows), shape((width, 32003), weight), shape((1000,), jnp.int32),
       shape((1000,), jnp.bool_), shape((1000,), jnp.float32),
     )  # fmt: skip
-    jax.jit(run).lower(*args).compile()
+    jax.jit(functools.partial(run, chip)).lower(*args).compile()
