@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -157,16 +159,19 @@ def recipe(tmp_path_factory):
   return launching.write_recipe(folder / "recipe.py", model)
 
 
-def start(recipe, workdir, count, *flags):
-  """Starts the processes of a run; their output goes to WORKDIR.INDEX.log."""
+def start(recipe, workdir, count, *flags, host="127.0.0.1", within=lambda index: ()):
+  """Starts the processes of a run; their output goes to WORKDIR.INDEX.log.
+
+  within(index): the command that a process is started by, where it lives elsewhere.
+  """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"{host}:{free.getsockname()[1]}"
   out = []
   for i in range(count):
     place = f"{address},{count},{i}" if count > 1 else "off"
     command = [
-      sys.executable, "launch/main.py", f"--config={recipe}", f"--workdir={workdir}",
+      *within(i), sys.executable, "launch/main.py", f"--config={recipe}", f"--workdir={workdir}",
       f"--distributed={place}", f"--config.mesh.cpu_devices={4 // count}",
       "--config.taskset.reward=graded:by_length", *flags,
     ]  # fmt: skip
@@ -307,3 +312,57 @@ def test_the_one_that_fails_says_so_to_the_other(recipe, tmp_path):
   assert ends(processes, workdir, 100) == [1, 1]
   assert "no_such_function" in log(workdir, 0).read_text()
   assert "process 1 of 2 ends, because of process 0 of 2: UserError" in log(workdir, 1).read_text()
+
+
+# --- two hosts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hosts():
+  """Two network namespaces with a cable between them: [name, name]; addresses 10.77.0.1 and .2."""
+  if os.geteuid() or shutil.which("ip") is None:
+    pytest.skip("network namespaces need root and ip")
+  ip = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
+  names = [f"tj{os.getpid()}{side}" for side in "ab"]
+  etc = [Path("/etc/netns") / name for name in names]
+  try:
+    for name in names:
+      ip("netns", "add", name)
+    ends_ = ("netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+    ip("link", "add", "cable", *ends_)
+    for i, (name, folder) in enumerate(zip(names, etc), 1):
+      ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "cable")
+      for device in ("lo", "cable"):
+        ip("-n", name, "link", "set", device, "up")
+      folder.mkdir(parents=True)  # of `ip netns exec`: gloo asks who this host is
+      (folder / "hosts").write_text(f"10.77.0.{i} {socket.gethostname()} localhost\n")
+    yield names
+  finally:
+    for name, folder in zip(names, etc):
+      shutil.rmtree(folder, ignore_errors=True)
+      subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def between(recipe, workdir, hosts, *flags):
+  within = lambda index: ("ip", "netns", "exec", hosts[index])
+  return start(recipe, workdir, 2, *flags, host="10.77.0.1", within=within)
+
+
+@pytest.mark.nightly
+def test_two_hosts_train_as_one_does(recipe, one, tmp_path, hosts):
+  workdir = tmp_path / "run"
+  flags = ("--config.trainer.total_steps=4", "--config.mesh.fsdp=4", "--config.mesh.data=1")
+  assert ends(between(recipe, workdir, hosts, *flags), workdir) == [0, 0]
+  rows = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
+  same(one, (rows, load_file(workdir / "hf/model.safetensors")))
+
+
+@pytest.mark.nightly
+def test_a_cut_cable_ends_both(recipe, tmp_path, hosts):
+  workdir = tmp_path / "run"
+  processes = between(recipe, workdir, hosts, "--config.trainer.total_steps=100000")
+  wait_for_steps(processes, workdir, 5)
+  subprocess.run(["ip", "-n", hosts[0], "link", "set", "cable", "down"], check=True)
+  cut = time.monotonic()
+  assert all(code != 0 for code in ends(processes, workdir, 150))
+  assert time.monotonic() - cut < 60
