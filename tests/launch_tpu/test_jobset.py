@@ -173,21 +173,18 @@ def decide(document: dict, job: str, *, code: int | None = None, disrupted: bool
   return "RestartJobSet" if spec["backoffLimit"] == 0 else "another pod"
 
 
-@pytest.mark.parametrize(
-  ("how", "trainer", "explorer"),
-  [
+def test_who_is_started_again(capsys):
+  _, document = render(capsys, "--explorers=1")
+  for how, trainer, explorer in (
     ({"code": 1}, "FailJobSet", "FailJobSet"),
     ({"code": 3}, "RestartJobSet", "another pod"),
     ({"code": 137}, "RestartJobSet", "another pod"),
     ({"code": 175}, "RestartJobSet", "another pod"),  # not 75, not 1
     ({"code": 75}, "RestartJobSetAndIgnoreMaxRestarts", "another pod"),
     ({"code": 143, "disrupted": True}, "RestartJobSetAndIgnoreMaxRestarts", "another pod"),
-  ],
-)
-def test_who_is_started_again(capsys, how, trainer, explorer):
-  _, document = render(capsys, "--explorers=1")
-  assert decide(document, "trainer", **how) == trainer
-  assert decide(document, "explorer", **how) == explorer
+  ):
+    assert decide(document, "trainer", **how) == trainer, how
+    assert decide(document, "explorer", **how) == explorer, how
 
 
 def test_the_launcher_knows_these_flags(capsys, tmp_path):

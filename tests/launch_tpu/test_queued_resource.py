@@ -168,6 +168,7 @@ def test_a_run_from_nothing(cloud, capfd):
     assert (host / "installed").read_text().splitlines()[-1].endswith("--editable .[tpu,postgres]")
 
 
+@pytest.mark.slow
 def test_when_done_it_is_deleted_if_asked_to(cloud):
   assert cloud.launch("run", "--delete", "--reserved") == 0
   assert cloud.verbs() == ["describe", *RUN, "delete"]
@@ -185,6 +186,7 @@ def test_a_preempted_slice_is_created_again_and_goes_on(cloud, capfd):
   assert "the run ended with code 75: preempted" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_slice_that_vanishes_while_it_is_spoken_to(cloud, capfd):
   """The connection breaks, and the state tells why."""
   cloud.gcloud.will(lines=["cut", ""], states=["ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"])
@@ -205,6 +207,7 @@ def test_a_broken_connection_leaves_the_run_alone(cloud, capfd):
     assert (host / "installed").read_text().count("uv venv") == 1
 
 
+@pytest.mark.slow
 def test_failures_are_started_again_a_number_of_times(cloud, capfd):
   cloud.will_end("3")
   assert cloud.launch("run", "--restarts=1") == 3
@@ -218,6 +221,7 @@ def test_a_mistake_is_not_started_again(cloud):
   assert cloud.verbs() == ["describe", *RUN]
 
 
+@pytest.mark.slow
 def test_hosts_that_have_not_noticed_are_ended_before_the_next_start(cloud):
   (cloud.runs / "host0").write_text("after 3,0")
   (cloud.runs / "host1").write_text("wait,0")
@@ -261,6 +265,7 @@ def test_what_gcloud_refuses(cloud, capfd, will, expected):
   assert err.startswith("error: ") and expected in err
 
 
+@pytest.mark.slow
 def test_other_verbs(cloud, capfd):
   assert cloud.launch("create") == 0 and cloud.launch("delete") == 0
   assert cloud.verbs() == ["create", "delete"]
