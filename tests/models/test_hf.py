@@ -102,12 +102,13 @@ def test_load_places_each_shard(tmp_path):
 def test_save_replaces_a_folder_and_copies_the_tokenizer(tmp_path):
   config = CONFIGS["untied"]
   tiny = hf.write_tiny_checkpoint(tmp_path / "tiny", hidden=32, intermediate=32, head_dim=16)
+  (tiny / "additional_chat_templates").mkdir()
+  (tiny / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
   hf.save(tmp_path / "out", _params(config), config, max_shard_bytes=20_000)
   params, config = hf.load(tiny)
   hf.save(tmp_path / "out", params, config, tiny)
-  assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-    p.name for p in tiny.iterdir()
-  )
+  files = [sorted(str(p.relative_to(d)) for p in d.rglob("*")) for d in (tmp_path / "out", tiny)]
+  assert files[0] == files[1] and "additional_chat_templates/tool_use.jinja" in files[0]
   assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "tiny"]
   _assert_equal(hf.load(tmp_path / "out")[0], params)
 

@@ -34,6 +34,7 @@ _TOKENIZER_FILES = (
   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
   "generation_config.json",
 )  # fmt: skip
+_TEMPLATES = "additional_chat_templates"  # a folder of named ones, such as tool_use.jinja
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -251,6 +252,9 @@ def save(
       for name in _TOKENIZER_FILES:
         if (Path(tokenizer_dir) / name).is_file():
           shutil.copyfile(Path(tokenizer_dir) / name, temporary / name)
+      for template in (Path(tokenizer_dir) / _TEMPLATES).glob("*.jinja"):
+        (temporary / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, temporary / _TEMPLATES / template.name)
     _replace(temporary, path)
   except OSError as error:
     shutil.rmtree(temporary, ignore_errors=True)
