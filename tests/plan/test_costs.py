@@ -167,6 +167,26 @@ def test_places_that_meet_an_input(holes):
     assert costs._overlap(out, n, k, low, stride, spread, holes) == expected
 
 
+def test_work_of_another_thread():
+  """As libtpu writes what it gives to SparseCores."""
+  text = """
+%gather (p.0: f32[8,4], p.1: s32[3]) -> f32[3,4] {
+  %p.0 = f32[8,4]{1,0} parameter(0)
+  %p.1 = s32[3]{0} parameter(1)
+  ROOT %call = f32[3,4]{1,0} custom-call(%p.0, %p.1), custom_call_target="other"
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[8,4], b: s32[3]) -> f32[3,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %b = s32[3]{0} parameter(1)
+  %start = ((), (), (s32[9]{0:S(4)})) async-start(), async_execution_thread="sparsecore", calls=%gather
+  %more = ((f32[8,4], s32[3]), f32[3,4], s32[]) async-update(%start, %a, %b)
+  ROOT %done = f32[3,4]{1,0} async-done(%more)
+}
+"""  # noqa: E501
+  assert costs.cost(text).bytes == 4 * (8 * 4 + 3 + 3 * 4)
+
+
 def test_what_is_no_program():
   with pytest.raises(UserError, match="has no ENTRY"):
     hlo.parse("nothing")

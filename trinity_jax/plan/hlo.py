@@ -98,7 +98,7 @@ def parse(text: str) -> Module:
     if header:
       name, lines = header[2], []
       entry = name if header[1] else entry
-    elif line.rstrip() == "}" and name:
+    elif name and (line.rstrip() == "}" or line.startswith("}, execution_thread")):
       instructions = [_instruction(x) for x in lines]
       root = next((i.name for i, x in zip(instructions, lines) if _START.match(x)[1]), "")  # type: ignore[index]
       computations[name] = Computation({i.name: i for i in instructions}, root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -179,17 +180,20 @@ def publish(stage: Stage) -> jax.stages.Lowered:
 def compile_all(stage: Stage, note: Callable[[str], None] = lambda line: None) -> list[Compiled]:
   """Compiles the programs one after the other; `note` hears of each."""
   out = []
+  platform = stage.meshes.train.devices.flat[0].platform
   for name, (lower, dynamic) in programs(stage).items():
     begin = time.monotonic()
-    found = _compiled(name, lower, dynamic)
+    found = _compiled(name, lower, dynamic, platform)
     out.append(found._replace(seconds=time.monotonic() - begin))
     note(f"{name} compiled in {out[-1].seconds:.0f} s")
   return out
 
 
-def _compiled(name: str, lower: Callable[[], jax.stages.Lowered], dynamic) -> Compiled:
+def _compiled(
+  name: str, lower: Callable[[], jax.stages.Lowered], dynamic: Sequence[float], platform: str
+) -> Compiled:
   try:
-    done = lower().compile()
+    done, text = _compile(lower(), platform)
   except jax.errors.JaxRuntimeError as e:
     needed = exceeded(str(e))
     if not needed:
@@ -202,8 +206,20 @@ def _compiled(name: str, lower: Callable[[], jax.stages.Lowered], dynamic) -> Co
     memory.output_size_in_bytes - memory.alias_size_in_bytes,
     memory.temp_size_in_bytes,
     memory.generated_code_size_in_bytes,
-    costs.cost(done.as_text() or "", dynamic),
+    costs.cost(text, dynamic),
   )
+
+
+def _compile(lowered: jax.stages.Lowered, platform: str) -> tuple[jax.stages.Compiled, str]:
+  """A compiled program and its text."""
+  if platform != "tpu":
+    done = lowered.compile()
+    return done, done.as_text() or ""
+  # jaxlib cannot read back what libtpu says of work that it gives to SparseCores.
+  with tempfile.TemporaryDirectory(prefix="plan") as folder:
+    done = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    found = Path(folder).rglob("*.after_optimizations.txt")
+    return done, max(found, key=lambda p: p.stat().st_size).read_text()
 
 
 def exceeded(message: str) -> float:
