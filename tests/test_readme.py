@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from trinity_jax.algorithms.listing import render_pieces, render_table
+from trinity_jax.config_keys import check_key
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -42,3 +43,11 @@ def test_the_samplers_example_runs(tmp_path, capsys):
   exec(compile(code, "README.md", "exec"), {})  # our own text
   printed = capsys.readouterr().out
   assert "Completion(tokens=array(" in printed and printed.count("[") >= 2
+
+
+def test_keys_for_those_who_come_from_trinity_exist():
+  rows = (ROOT / "configs/FROM_TRINITY.md").read_text().splitlines()
+  cells = [row.split("|")[2] for row in rows if row.startswith("| `")]
+  assert len(cells) > 40
+  for key in re.findall(r"`([\w.]+)`", " ".join(cells)):
+    check_key(key)
