@@ -13,7 +13,7 @@ from trinity_jax.errors import UserError
 from trinity_jax.models import params as params_lib
 from trinity_jax.models import sharding, transformer
 from trinity_jax.models.presets import ModelConfig
-from trinity_jax.plan import costs, hlo
+from trinity_jax.plan import costs, hlo, products
 
 LAYERS, T = 4, 16
 MODEL = ModelConfig("qwen3", 512, 64, LAYERS, 4, 2, 16, 128, qk_norm=True)
@@ -84,8 +84,8 @@ def test_loops_whose_bound_is_traced():
 
   text = jax.jit(f).lower(jnp.zeros((16, 16)), 2).compile().as_text()
   product = 2 * 16**3
-  for dynamic, products in (((), 4), ((5,), 5 * 4), ((5, 2), 5 * 7)):
-    assert costs.cost(text, dynamic).flops == products * product
+  for dynamic, count in (((), 4), ((5,), 5 * 4), ((5, 2), 5 * 7)):
+    assert costs.cost(text, dynamic).flops == count * product
 
 
 TEXT = """HloModule step, is_scheduled=true
@@ -164,7 +164,7 @@ def test_places_that_meet_an_input(holes):
       0 <= (p := o * stride + j * spread - low) <= (n - 1) * holes and p % holes == 0
       for o in range(out) for j in range(k)
     )  # fmt: skip
-    assert costs._overlap(out, n, k, low, stride, spread, holes) == expected
+    assert products._overlap(out, n, k, low, stride, spread, holes) == expected
 
 
 def test_work_of_another_thread():

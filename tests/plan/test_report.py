@@ -138,6 +138,9 @@ def test_what_to_change(made):
   assert any(a.startswith("config.model.remat = 'full'") for a in advice)
   fitting = [a.endswith(", fits") for a in advice]
   assert fitting == sorted(fitting, reverse=True)  # those that fit come first
+  assert any(a.startswith("config.sampler.release = True") for a in advice)
+  ahead = made(CHIP._replace(memory=2e6), temporary=2_000_000, sync__offset=1)
+  assert not any("release" in a for a in report.advice(ahead))  # not on-policy: it cannot be had
   lean = made(CHIP._replace(memory=1.0), trainer__rows_per_micro=2, model__remat="full")
   assert not any("remat" in a for a in report.advice(lean))
 

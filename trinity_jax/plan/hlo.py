@@ -144,3 +144,9 @@ def shapes_of(text: str) -> tuple[Shape, ...]:
       sizes = tuple(int(n) for n in dims.split(",") if n)
       out.append(Shape(dtype, sizes, int(space[1]) if space else 0))
   return tuple(out)
+
+
+def braces(attributes: str, key: str) -> str:
+  """What stands in the braces of an attribute such as window={size=2}."""
+  found = re.search(rf"{key}=\{{([^}}]*)\}}", attributes)
+  return found[1] if found else ""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from trinity_jax.config import Config, stage_configs
+from trinity_jax.config import Config, resolve, stage_configs
 from trinity_jax.errors import UserError
 from trinity_jax.memory import memory_per_device
 from trinity_jax.models import params as params_lib
@@ -199,8 +199,9 @@ def advice(made: Plan) -> list[str]:
     changed = dataclasses.replace(getattr(stage.config, group), **{name: value})
     config = dataclasses.replace(stage.config, **{group: changed})
     try:
+      config = resolve(dataclasses.asdict(config))
       peak = estimate(stage_on(config, made.topology.devices))["peak"] * scale
-    except UserError:  # not with the other keys
+    except UserError:  # not with the other keys, or these devices
       continue
     if peak < 0.98 * made.peak:
       found.append((peak > made.chip.memory, f"config.{key} = {value!r}: about {_gb(peak)} GB"))
@@ -218,10 +219,10 @@ def _changes(stage: Stage) -> list[tuple[str, object]]:
   out.append(("trainer.rows_per_micro", max(1, c.trainer.rows_per_micro // 2)))
   if stage.algorithm.needs_reference and not c.algorithm.offload:
     out.append(("algorithm.offload", True))
-  if train["data"] > 1:
-    out.append(("mesh.fsdp", train["fsdp"] * 2 if c.mesh.data == -1 else train["fsdp"]))
-  if train["fsdp"] > 1 and c.mesh.fsdp == -1:
-    out.append(("mesh.tensor", train["tensor"] * 2))
+  if c.mesh.data == -1 and train["data"] > 1:
+    out.append(("mesh.fsdp", 2 * train["fsdp"]))
+  if c.mesh.fsdp == -1 and train["fsdp"] > 1 or c.mesh.data == -1 and train["data"] > 1:
+    out.append(("mesh.tensor", 2 * train["tensor"]))
   out.append(("sampler.slots", c.sampler.slots // 2))
   if c.sampler.cache_dtype != "int8":
     out.append(("sampler.cache_dtype", "int8"))
