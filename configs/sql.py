@@ -1,6 +1,13 @@
-"""A tiny model learns to ask a database what it was asked.
+"""Questions that a tiny model answers by asking a database in SQL.
 
 python launch/main.py --config=configs/sql.py --workdir=runs/sql
+
+Made-up tables and questions (trinity_jax/tasks/queries.py), each database in memory, read-only and
+in a process of its own. The demonstrations of the SFT stage forget the condition 6 times out of 10,
+which answers 0.17 of the held-out questions where it is done always. GRPO sees only whether the
+submitted result was the reference query's. What questions and queries are made of are tokens of the
+tiny model's vocabulary. Shows the wiring: how far it learns at this size has not been measured.
+Databases of your own: rows for the workflow `environment` (see environments/sql.py).
 """
 
 from trinity_jax.config import base_config
@@ -38,7 +45,7 @@ def get_config():
       "algorithm.name": "sft",
       "taskset.generate_args": dict(split="sft", careless_fraction=0.6),
       "taskset.messages_key": "messages",
-      "trainer": dict(total_steps=400, batch_size=64, rows_per_micro=16, save_interval=100),
+      "trainer": dict(total_steps=250, batch_size=64, rows_per_micro=16, save_interval=125),
       "optimizer": dict(
         learning_rate=3e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
       ),

@@ -1,8 +1,11 @@
-"""A tiny model learns to solve sudokus of 4 x 4, a cell a turn.
+"""Sudokus of 4 x 4, a cell a turn, for a tiny model.
 
 python launch/main.py --config=configs/sudoku.py --workdir=runs/sudoku
 
 Boards with five empty cells and one solution (trinity_jax/tasks/sudoku.py), 200 of them held out.
+The demonstrations of the SFT stage look at the row only 6 times out of 10, which solves 0.28 of the
+held-out boards where it is done always. GRPO sees only whether the board was solved. Shows the
+wiring: how far it learns at this size has not been measured.
 """
 
 from trinity_jax.config import base_config
@@ -13,7 +16,7 @@ BOARDS = "trinity_jax.tasks.sudoku:generate"
 def get_config():
   c = base_config()
   c.name = "sudoku"
-  c.model.tiny = dict(hidden=128, layers=3, heads=4, kv_heads=2, head_dim=32, intermediate=384)
+  c.model.tiny = dict(hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, intermediate=192)
   c.taskset.generate = BOARDS
   c.taskset.workflow = "environment"
   c.sampler.max_prompt_length = 112  # of the fifth turn
@@ -37,11 +40,11 @@ def get_config():
       "algorithm.name": "sft",
       "taskset.generate_args": dict(split="sft", blanks=5, careless_fraction=0.6),
       "taskset.messages_key": "messages",
-      "trainer": dict(total_steps=500, batch_size=96, rows_per_micro=32, save_interval=100),
+      "trainer": dict(total_steps=600, batch_size=64, rows_per_micro=32, save_interval=200),
       "optimizer": dict(
-        learning_rate=2e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
+        learning_rate=3e-3, schedule="cosine", warmup_steps=20, min_ratio=0.1, beta2=0.98
       ),
-      "eval.interval": 100,
+      "eval.interval": 200,
     },
     {
       "name": "grpo",
