@@ -9,21 +9,20 @@ import time
 
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
 from trinity_jax.server import connections
 
-SHORT, WAIT = 0.4, 20  # seconds
+SHORT, WAIT = 1.0, 30  # seconds
 
 
 class App:
-  """An ASGI application that is slow, endless, or reads nothing."""
+  """An ASGI application that reads nothing, and is endless where it is asked to be."""
 
   def __init__(self):
     self.left = threading.Event()
 
   async def __call__(self, scope, receive, send):
-    if scope["path"] == "/slow":
-      await asyncio.sleep(3 * SHORT)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     if scope["path"] == "/endless":
       gone = asyncio.create_task(self._gone(receive))
@@ -103,14 +102,6 @@ def test_a_body_that_nobody_reads_has_a_deadline(app):
         time.sleep(SHORT / 8)
 
 
-def test_who_waits_for_an_answer_or_for_the_next_request_keeps_the_connection(app):
-  with connect(app) as client:
-    for path in ("/", "/slow", "/"):
-      client.sendall(head(path))
-      assert answer(client).endswith(b"done\r\n0\r\n\r\n")
-      time.sleep(1.5 * SHORT)
-
-
 def test_who_never_reads_an_answer_loses_it(app):
   with socket.socket() as client:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -119,11 +110,63 @@ def test_who_never_reads_an_answer_loses_it(app):
     assert app.left.wait(WAIT)
 
 
-def test_who_reads_slowly_does_not(app):
-  with connect(app) as client:
-    client.sendall(head("/endless"))
-    end = time.monotonic() + 4 * SHORT
-    while time.monotonic() < end:
-      time.sleep(SHORT / 8)
-      assert client.recv(1 << 22)
-    assert not app.left.is_set()
+class Transport(asyncio.Transport):
+  """Takes whatever is written."""
+
+  def __init__(self):
+    super().__init__()
+    self.written, self.open = b"", True
+
+  def write(self, data):
+    self.written += data
+
+  def is_closing(self):
+    return not self.open
+
+  def close(self):
+    self.open = False
+
+  abort = close
+
+  def pause_reading(self):
+    pass
+
+  resume_reading = pause_reading
+
+
+def test_deadlines_end_with_what_they_are_for():
+  """Looked at where they are kept, so that a busy machine makes no difference."""
+
+  async def talk():
+    config = uvicorn.Config(App(), log_config=None, lifespan="off")
+    config.load()
+    made = connections.protocol()(config=config, server_state=ServerState(), app_state={})
+    transport = Transport()
+    made.connection_made(transport)
+    first = made._head
+    assert first is not None and not first.cancelled()
+    for _ in range(3):  # requests on one connection
+      whole = head()
+      made.data_received(whole[:9])
+      begun = made._head
+      assert begun is not None and not begun.cancelled()
+      made.data_received(whole[9:20])
+      assert made._head is begun  # not a new one for each piece
+      made.data_received(whole[20:])
+      assert begun.cancelled() and made._head is None  # nor while it is answered
+      await asyncio.gather(*made.server_state.tasks)
+      assert transport.written.endswith(b"0\r\n\r\n") and made._head is None
+      transport.written = b""
+    assert first.cancelled() and transport.open
+    made.pause_writing()
+    stuck = made._stuck
+    assert stuck is not None and not stuck.cancelled()
+    made.resume_writing()
+    assert stuck.cancelled()
+    made.data_received(b"G")
+    made.pause_writing()
+    left = made._head, made._stuck
+    made.connection_lost(None)
+    assert all(timer is not None and timer.cancelled() for timer in left)
+
+  asyncio.run(talk())
