@@ -102,8 +102,9 @@ class Tool:
     assert not self.dry_run
     try:
       done = subprocess.run(
-        [self.name, *args], input=stdin, capture_output=True, text=True, timeout=deadline
-      )
+        [self.name, *args], input=stdin, capture_output=True, text=True, errors="replace",
+        timeout=deadline,
+      )  # fmt: skip
     except FileNotFoundError:
       raise self._missing() from None
     except subprocess.TimeoutExpired:

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import commands
 import launchers
 import launching
 import local
 import pytest
 from commands import flag
+
+from trinity_jax.errors import RunFailed
 
 # In place of launch/main.py: does what --config says for its number, as "0=exit 3 2;1=wait". That
 # exit is when two others have told through a FIFO that they are ready, as `wait gate` does.
@@ -253,6 +257,13 @@ def test_flags_of_a_run():
   assert flag(["-config=a"], "config") == "a"
 
 
+def test_programs_that_launchers_call():
+  slow, bytes_ = (commands.Tool(n, "nowhere", dry_run=False) for n in ("sleep", "printf"))
+  with pytest.raises(RunFailed, match="sleep 100 did not end within 0 s"):
+    slow.do("100", deadline=0.1)
+  assert bytes_.do(r"\377") == "\ufffd"  # what is no text is no crash
+
+
 def test_the_launcher_knows_these_flags(tmp_path):
   """What is added to a run's flags is what launch/main.py takes."""
   recipe = launching.write_recipe(tmp_path / "recipe.py", "model")
@@ -263,21 +274,69 @@ def test_the_launcher_knows_these_flags(tmp_path):
     assert "explorer" not in member.name or values.explorer.name == "explorer_0"
 
 
-@pytest.mark.slow
-def test_a_whole_run(tmp_path):
-  """A trainer and an explorer of a tiny model, to the end of both."""
+# --- real runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+  """Starts two trainers and an explorer of a tiny model, which continue the run of before."""
   from trinity_jax.models.hf import write_tiny_checkpoint
 
   model = write_tiny_checkpoint(
-    tmp_path / "model", hidden=32, layers=1, heads=2, kv_heads=1, head_dim=16, intermediate=32
+    tmp_path / "model", hidden=32, layers=1, heads=2, kv_heads=2, head_dim=16, intermediate=32
   )
   recipe = launching.write_recipe(tmp_path / "recipe.py", model)
-  done = subprocess.run(
-    [sys.executable, str(launchers.FOLDER / "local.py"), "--processes=1", "--explorers=1", "--",
-     f"--config={recipe}", f"--workdir={tmp_path}/run", "--config.explorer.deterministic=False",
-     "--config.monitor.progress=plain"],
-    cwd=launching.ROOT, env=launching.environment(), capture_output=True, text=True, timeout=500,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stdout + done.stderr
-  assert "[process 0]" in done.stdout and "[explorer 0]" in done.stdout
+  started = []
+
+  def go(steps: int) -> subprocess.Popen[str]:
+    command = [
+      sys.executable, str(launchers.FOLDER / "local.py"), "--processes=2", "--explorers=1", "--",
+      f"--config={recipe}", f"--workdir={tmp_path}/run", "--config.explorer.deterministic=False",
+      "--config.monitor.progress=plain", "--config.mesh.cpu_devices=2",
+      f"--config.trainer.total_steps={steps}", "--config.trainer.save_interval=5",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+      command, cwd=launching.ROOT, env=launching.environment(), stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    started.append(process)
+    return process
+
+  yield go
+  for process in started:
+    if process.poll() is None:
+      process.terminate()
+      process.communicate(timeout=100)
+
+
+@pytest.mark.slow
+def test_a_whole_run(run, tmp_path):
+  process = run(2)
+  out, _ = process.communicate(timeout=500)
+  assert process.returncode == 0, out
+  assert "[process 0]  step 2/2" in out and "[explorer 0] explorer explorer_0: ready" in out
   assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.nightly
+def test_a_run_that_is_asked_to_end_saves_and_continues(run):
+  process = run(30)
+  _wait_for(process, "step 3/30", 1)
+  process.terminate()
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 75 and "is saved, the same command continues the run" in out
+  process = run(30)
+  out, _ = process.communicate(timeout=500)
+  assert process.returncode == 0 and "step 30/30" in out and "step 3/30" not in out, out
+
+
+@pytest.mark.nightly
+def test_a_run_of_which_one_process_is_killed(run):
+  process = run(30)
+  _wait_for(process, "step 7/30", 1)
+  children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+  os.kill(int(children[1]), signal.SIGKILL)
+  begin = time.monotonic()
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 128 + signal.SIGKILL and time.monotonic() - begin < 70
+  assert "local: process 1 ended with signal 9 (SIGKILL)" in out
