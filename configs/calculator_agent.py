@@ -6,6 +6,8 @@ The agent (trinity_jax/explorer/workflows/calculator_agent.py) knows nothing but
 it streams, calls a tool, reads the result and answers, over the server that runs beside the
 sampler. The demonstrations of the SFT stage ask for a sum in 6 of 10 questions for a difference, so
 that imitation gets little more than the sums right. GRPO sees only whether the answer was right.
+Held-out accuracy with seed 0: 0.57 after SFT, 0.98 after GRPO (0.83 at step 5), in 5 min 30 s of
+CPU time. The tool's schema and the frame of a call are tokens of the tiny model's vocabulary.
 """
 
 from trinity_jax.config import base_config
