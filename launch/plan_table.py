@@ -61,8 +61,8 @@ class Case(NamedTuple):
 WHOLE = {
   "qwen3-0.6b-v5e-4": Case("Qwen3-0.6B", "v5e:2x2", {"fsdp": 4}, 4, 1, 8, 1024),
   "qwen3-8b-v5p-16": Case("Qwen3-8B", "v5p:2x2x4", {"fsdp": 16}, 1, 4, 128, 1024),
-  "qwen3-8b-v6e-16": Case("Qwen3-8B", "v6e:4x4", {"fsdp": 16}, 1, 4, 64, 1024),
-  "llama-70b-v5p-256": Case("Llama-3.1-70B", "v5p:4x8x8", {"fsdp": 256}, 1, 4, 32, 1024),
+  "qwen3-8b-v6e-16": Case("Qwen3-8B", "v6e:4x4", {"fsdp": 16}, 0, 0, 64, 1024),
+  "llama-70b-v5p-256": Case("Llama-3.1-70B", "v5p:4x8x8", {"fsdp": 256}, 0, 0, 32, 1024),
   # Its weights do not fit a host of v5e: explorers of their own sample.
   "llama-70b-v5e-256": Case(
     "Llama-3.1-70B", "v5e:16x16", {"fsdp": 64, "tensor": 4}, 0, 0, 64, 1024

@@ -118,6 +118,21 @@ def test_plan(parts):
   assert "v5e:2x2: 4 x 197 TFLOP/s, 16 GB" in text and "fits" in text
 
 
+def test_plan_of_several_hosts(parts):
+  """The sampler has the devices of one of them, and is compiled for those."""
+  from trinity_jax.plan import lowering
+  from trinity_jax.plan.topologies import find
+
+  limits = dataclasses.replace(parts[0].trainer, rows_per_micro=16)
+  mesh = dataclasses.replace(parts[0].mesh, fsdp=16, tensor=1)
+  config = dataclasses.replace(parts[0], trainer=limits, mesh=mesh)
+  target = find("v6e:4x4")
+  stage = lowering.stage_on(config, target.devices, target.host)
+  assert stage.sampler.mesh.size == stage.lowered.mesh.size == 4
+  lower, _ = lowering.programs(stage)["decode"]
+  assert lower().compile().memory_analysis().temp_size_in_bytes > 0
+
+
 def test_plan_of_a_gpu(parts):
   """Compiled with jax's CUDA plugin, where it is installed (make aot-check does)."""
   pytest.importorskip("jax_cuda12_plugin", reason="jax's CUDA plugin is not installed")

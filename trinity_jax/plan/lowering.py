@@ -37,6 +37,7 @@ class Stage(NamedTuple):
   Attributes:
     layout: pytree of NamedSharding of the parameters on the training mesh.
     sampler: its programs on the (first) rollout mesh.
+    lowered: the same programs on the devices they are compiled for.
     params: parameters as shapes, in the trained dtype, with their shardings.
   """
 
@@ -46,6 +47,7 @@ class Stage(NamedTuple):
   meshes: build.Meshes
   layout: Any
   sampler: Programs
+  lowered: Programs
   spec: PackSpec
   params: Any
 
@@ -82,8 +84,11 @@ class Compiled(NamedTuple):
   seconds: float = 0.0
 
 
-def stage_on(config: Config, devices: Sequence[Any]) -> Stage:
+def stage_on(config: Config, devices: Sequence[Any], host: Sequence[Any] = ()) -> Stage:
   """Resolves one stage for these devices.
+
+  Args:
+    host: Topology.host.
 
   Raises:
     UserError: what the run would stumble over before its first step, tasks and texts aside.
@@ -95,10 +100,13 @@ def stage_on(config: Config, devices: Sequence[Any]) -> Stage:
   check_rows(config, meshes.train)
   layout = sharding.param_shardings(model, meshes.train)
   rollout = meshes.rollout[0]
-  sampler = build.make_programs(
-    config, model, rollout, sharding.param_shardings(model, rollout),
+  make = lambda mesh: build.make_programs(
+    config, model, mesh, sharding.param_shardings(model, mesh),
     None,  # type: ignore[arg-type]  # nothing is launched
   )  # fmt: skip
+  sampler = lowered = make(rollout)
+  if rollout.size == len(host) < len(devices):
+    lowered = make(sharding.make_mesh(*rollout.shape.values(), devices=host))
   dtype = jnp.dtype(config.model.param_dtype)
   params = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
@@ -106,7 +114,7 @@ def stage_on(config: Config, devices: Sequence[Any]) -> Stage:
     layout,
   )
   spec = pack_spec(config, algorithm)
-  return Stage(config, algorithm, model, meshes, layout, sampler, spec, params)
+  return Stage(config, algorithm, model, meshes, layout, sampler, lowered, spec, params)
 
 
 def model_of(config: Config) -> ModelConfig:
@@ -124,7 +132,7 @@ def model_of(config: Config) -> ModelConfig:
 
 def programs(stage: Stage) -> dict[str, tuple[Callable[[], jax.stages.Lowered], tuple[float, ...]]]:
   """Name -> (what lowers it, trips of its loops whose bound is not compiled)."""
-  sampler, spec = stage.sampler, stage.sampler.spec
+  sampler, spec = stage.lowered, stage.sampler.spec
   published = published_params(stage)
   P, T = max(sampler.prompt_counts) * sampler.shards, max(sampler.prompt_lengths)
   ends = (0, *spec.live_lengths)

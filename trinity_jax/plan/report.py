@@ -86,7 +86,7 @@ def make_plan(
   config: Config, topology: Topology, note: Callable[[str], None] = lambda line: None
 ) -> Plan:
   """Compiles one stage's programs and sums up what they need."""
-  stage = stage_on(config, topology.devices)
+  stage = stage_on(config, topology.devices, topology.host)
   chip = topology.chip or measured(stage)
   compiled = {c.name: c for c in compile_all(stage, note)}
   times = {n: times_of(c.cost, chip) for n, c in compiled.items() if c.cost is not None}

@@ -74,12 +74,15 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 class Topology(NamedTuple):
   """Attributes:
   name: as given.
+  host: where it has several hosts, the devices of one as a slice of its own: what a host compiles
+    for itself is compiled for that.
   chip: None where the devices at hand are none of CHIPS.
   """
 
   name: str
   devices: Sequence[Any]
   chip: Chip | None
+  host: Sequence[Any] = ()
 
 
 def find(name: str) -> Topology:
@@ -93,7 +96,10 @@ def find(name: str) -> Topology:
     return Topology(name, devices, CHIPS.get(_kind(devices[0].device_kind)))
   slice_ = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
   if slice_ and slice_[1] in CHIPS:
-    return Topology(name, _tpu(name), CHIPS[slice_[1]])
+    devices = _tpu(name)
+    own = f"{slice_[1]}:2x2x1" if slice_[2].count("x") == 2 else f"{slice_[1]}:2x2"
+    several = len({d.process_index for d in devices}) > 1
+    return Topology(name, devices, CHIPS[slice_[1]], _tpu(own) if several else ())
   gpus = re.fullmatch(r"h100(?:x(\d+))?", name)
   if gpus:
     return Topology(name, _gpu(name, int(gpus[1] or 1)), CHIPS["h100"])
