@@ -187,6 +187,36 @@ ENTRY %main (a: f32[8,4], b: s32[3]) -> f32[3,4] {
   assert costs.cost(text).bytes == 4 * (8 * 4 + 3 + 3 * 4)
 
 
+@pytest.mark.parametrize(("step", "trips"), [(1, 6), (2, 3), (4, 2)])
+def test_joined_iterations(step, trips):
+  text = f"""
+%body (b: (s32[], f32[4,4])) -> (s32[], f32[4,4]) {{
+  %b = (s32[], f32[4,4]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[4,4]{{1,0}} get-tuple-element(%b), index=1
+  %by = s32[] constant({step})
+  %next = s32[] add(%i, %by)
+  %y = f32[4,4]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %out = (s32[], f32[4,4]{{1,0}}) tuple(%next, %y)
+}}
+
+%condition (c: (s32[], f32[4,4])) -> pred[] {{
+  %c = (s32[], f32[4,4]{{1,0}}) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %end = s32[] constant(7)
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}}
+
+ENTRY %main (a: f32[4,4]) -> (s32[], f32[4,4]) {{
+  %a = f32[4,4]{{1,0}} parameter(0)
+  %first = s32[] constant(1)
+  %begin = (s32[], f32[4,4]{{1,0}}) tuple(%first, %a)
+  ROOT %loop = (s32[], f32[4,4]{{1,0}}) while(%begin), condition=%condition, body=%body
+}}
+"""
+  assert costs.cost(text).flops == trips * 2 * 4**3
+
+
 def test_what_is_no_program():
   with pytest.raises(UserError, match="has no ENTRY"):
     hlo.parse("nothing")

@@ -142,7 +142,7 @@ class _Sum:
     return (self.of(i.called("body"), inside) + self.of(i.called("condition"), inside)) * trips
 
   def _trips(self, i: Instruction, where: Computation) -> int | None:
-    """As XLA says, or from `counter < constant`, the counter going up by one; None: traced."""
+    """As XLA says, or from `counter < constant` and how the counter goes up; None: traced."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
     if known:
       return int(known[1])
@@ -162,7 +162,25 @@ class _Sum:
       begin = int(first.literal) if first.opcode == "constant" else 0
     else:
       begin = 0
-    return max(0, int(bound.literal) - begin)
+    step = self._stride(self.module.computations[i.called("body")], int(index[1]) if index else 0)
+    return max(0, -(-(int(bound.literal) - begin) // step))
+
+  def _stride(self, body: Computation, index: int) -> int:
+    """By how much a loop's counter goes up: XLA joins iterations."""
+    root = body.instructions[body.root]
+    if root.opcode != "tuple":
+      return 1
+    top, inside = body.instructions[root.operands[index]], body
+    while top.opcode in ("copy", "bitcast", "fusion"):
+      if top.opcode == "fusion":
+        inside = self.module.computations[top.called("calls")]
+        top = inside.instructions[inside.root]
+      else:
+        top = inside.instructions[top.operands[0]]
+    if top.opcode != "add":
+      return 1
+    steps = [inside.instructions[n] for n in top.operands if n in inside.instructions]
+    return next((max(1, int(x.literal)) for x in steps if x.opcode == "constant"), 1)
 
   # --- collectives -------------------------------------------------------------------------------
 
