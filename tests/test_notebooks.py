@@ -20,7 +20,7 @@ def code_of(path: Path) -> str:
 
 
 def test_notebooks_show_a_run():
-  """Every cell has run, in order and without an error; nothing tells where, nothing is IPython's."""
+  """Every cell has run, in order, without an error; nothing tells where, nothing is IPython's."""
   names = {"quickstart", "custom_reward", "your_agent", "inside_the_step"}
   assert names <= {p.stem for p in NOTEBOOKS}
   for path in NOTEBOOKS:
@@ -34,8 +34,14 @@ def test_notebooks_show_a_run():
     compile(code_of(path), str(path), "exec")
 
 
+# The quickstart's config is trained in full by test_quickstart.
+LONG = {"quickstart": pytest.mark.nightly}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+  "path", [pytest.param(p, id=p.stem, marks=LONG.get(p.stem, ())) for p in NOTEBOOKS]
+)
 def test_notebook_runs(path, tmp_path):
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
   done = subprocess.run(
