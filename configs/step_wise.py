@@ -1,11 +1,14 @@
-"""Rewards step by step: a tiny model learns which way to walk.
+"""Rewards step by step: which way a tiny model walks.
 
 python launch/main.py --config=configs/step_wise.py --workdir=runs/step_wise
 
 The environment (trinity_jax/tasks/walk.py) is a user's own and says after every step what that was
 worth; with --config=configs/step_wise.py:processes each one lives in a process of its own, which is
 killed when it hangs and replaced when it dies. REINFORCE++ credits each turn with the rewards from
-there on; GRPO would see their sum only. The demonstrations of the SFT stage walk at random.
+there on; GRPO would see their sum only. The demonstrations of the SFT stage walk at random. Shows
+the wiring: at this size the greedy policy does not learn the way in 30 steps (mean return of 20
+held-out pairs with seed 0: 0.23 after SFT, -0.03 after REINFORCE++; 1.4 is the best), though what
+it samples gets better (reward/mean from -0.04 to 0.35). 1 min 50 s of CPU time.
 """
 
 from trinity_jax.config import base_config
