@@ -32,6 +32,8 @@ GB per device. Times are estimates: the larger of FLOPs and memory traffic at pu
 - kept: parameters, optimizer, published and sampler's weights, cache; peak: with the phase that
   needs most, by the compiler's count; check: --mode=check's estimate, which compiles nothing.
 - all-gather: elements of the train step's largest one over the parameters of one layer.
+- "-" under all-gather and times: libtpu gives some of the work to SparseCores, which is not counted
+  yet, so that times would be too short.
 
 """
 COLUMNS = (
@@ -114,16 +116,17 @@ def row_of(name: str, case: Case) -> tuple[list[str], list[str]]:
   mesh = " x ".join(f"{k} {v}" for k, v in case.mesh.items())
   samplers = f"{case.samplers}, tensor {case.tensor}" if case.samplers else "elsewhere"
   train = made.times.get("train step")
+  counted = train and not made.compiled["train step"].cost.unknown  # else times would be too short
   decode = made.times.get("decode")
   row = [
     f"{name} ({case.topology})", mesh, samplers,
     f"{made.stage.micros} of {made.stage.spec.rows} x {max(made.stage.spec.row_lengths)}",
     gb(kept), temp("train step"), temp("prefill"), temp("decode"), gb(made.peak),
     gb(made.chip.memory), "yes" if made.fits else "no", gb(made.estimate["peak"]),
-    report.gathered_layers(made), f"{train.total:.2f}" if train else "-",
-    f"{100 * report.model_flops_share(made):.0f}" if train else "-",
+    report.gathered_layers(made) if counted else "-", f"{train.total:.2f}" if counted else "-",
+    f"{100 * report.model_flops_share(made):.0f}" if counted else "-",
     f"{1e3 * decode.total:.1f}" if decode else "-",
-    f"{sum(made.step.values()):.1f}" if "decode" in made.step and train else "-",
+    f"{sum(made.step.values()):.1f}" if "decode" in made.step and counted else "-",
     f"{sum(c.seconds for c in made.compiled.values()):.0f}",
   ]  # fmt: skip
   return row, problems(name, made)

@@ -51,7 +51,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one device. `unknown`: custom calls whose FLOPs are not counted."""
+  """Of one device. `unknown`: kernels, or SparseCores, whose work is not counted."""
 
   flops: float = 0.0
   bytes: float = 0.0

@@ -275,7 +275,7 @@ def _programs(made: Plan) -> list[str]:
       kinds = ", ".join(f"{k} {_gb(v)}" for k, v in sorted(c.cost.sent().items()) if v)
       lines.append(f"  {name} sends in GB: {kinds}; {_largest(c.cost)}")
     if c.cost is not None and c.cost.unknown:
-      lines.append(f"  {name}: not counted are the FLOPs of {', '.join(sorted(c.cost.unknown))}")
+      lines.append(f"  {name}: not counted is the work of {', '.join(sorted(c.cost.unknown))}")
   return lines
 
 
