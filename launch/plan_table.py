@@ -115,15 +115,16 @@ def row_of(name: str, case: Case) -> tuple[list[str], list[str]]:
   )
   mesh = " x ".join(f"{k} {v}" for k, v in case.mesh.items())
   samplers = f"{case.samplers}, tensor {case.tensor}" if case.samplers else "elsewhere"
-  train = made.times.get("train step")
-  counted = train and not made.compiled["train step"].cost.unknown  # else times would be too short
+  cost = made.compiled["train step"].cost
+  counted = cost is not None and not cost.unknown  # else times would be too short
   decode = made.times.get("decode")
   row = [
     f"{name} ({case.topology})", mesh, samplers,
     f"{made.stage.micros} of {made.stage.spec.rows} x {max(made.stage.spec.row_lengths)}",
     gb(kept), temp("train step"), temp("prefill"), temp("decode"), gb(made.peak),
     gb(made.chip.memory), "yes" if made.fits else "no", gb(made.estimate["peak"]),
-    report.gathered_layers(made) if counted else "-", f"{train.total:.2f}" if counted else "-",
+    report.gathered_layers(made) if counted else "-",
+    f"{made.times['train step'].total:.2f}" if counted else "-",
     f"{100 * report.model_flops_share(made):.0f}" if counted else "-",
     f"{1e3 * decode.total:.1f}" if decode else "-",
     f"{sum(made.step.values()):.1f}" if "decode" in made.step and counted else "-",
