@@ -81,6 +81,7 @@ def test_a_pinned_version_stays_until_it_is_not():
   for version in (0, 1, 2, 3):
     sync.publish(version, params(mesh, version))
   assert [sync.params(v) is not None for v in (0, 1, 2, 3)] == [False, True, True, True]
+  assert [sync.recent(v) is not None for v in (0, 1, 2, 3)] == [False, False, False, True]
   pinned.discard(1)
   sync.publish(4, params(mesh, 4))
   assert [sync.params(v) is not None for v in (1, 2, 3, 4)] == [False, True, False, True]

@@ -29,7 +29,6 @@ VARIABLES = ("TRINITY_JAX_COORDINATOR", "TRINITY_JAX_PROCESSES", "TRINITY_JAX_PR
 _JOIN = 300  # seconds until all have come
 _FOREVER = 10**9  # milliseconds; a thread of its own waits
 _FAILED, _ASKED, _OVER = "failed", "asked_to_end", "over"
-_KEPT = 2  # messages
 _LAST_WORDS = 5  # seconds for the others to hear of a failure
 
 
@@ -43,23 +42,31 @@ class World:
   def __init__(self, index: int = 0, count: int = 1, client: Any = None):
     self.index, self.count, self._client = index, count, client
     self._told = 0
+    self._stored: list[int] = []  # messages that are still in the store
+    self._step = -1  # the message that began the last step
     self._listeners: list[threading.Thread] = []
 
   @property
   def leader(self) -> bool:
     return self.index == 0
 
-  def tell(self, message: bytes) -> None:
+  def tell(self, message: bytes, *, step: bool = False) -> None:
     """The leader's next message, for every other process to `hear`.
 
-    A message that is told has to be followed by a device program of all processes, or by `meet`,
-    before the one after the next.
+    Args:
+      step: it begins a step of all processes, and the one before it has ended here: what was told
+        until that one began has been read by all, and is forgotten.
     """
-    if self.count > 1:
-      self._client.key_value_set_bytes(_key(self._told), message)
-      if self._told >= _KEPT:
-        self._client.key_value_delete(_key(self._told - _KEPT))
-      self._told += 1
+    if self.count == 1:
+      return
+    number, self._told = self._told, self._told + 1
+    self._client.key_value_set_bytes(_key(number), message)
+    self._stored.append(number)
+    if step:
+      for old in [n for n in self._stored if n <= self._step]:
+        self._client.key_value_delete(_key(old))
+        self._stored.remove(old)
+      self._step = number
 
   def hear(self, seconds: float) -> bytes:
     """The leader's next message.

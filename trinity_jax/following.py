@@ -17,7 +17,7 @@ def tell(world: World, experiences: Sequence[Experience]) -> None:
   """The leader's experiences of the next step."""
   if world.count > 1:
     blobs = [e.to_bytes() for e in experiences]
-    world.tell(b"step" + b"".join(_SIZE.pack(len(b)) + b for b in blobs))
+    world.tell(b"step" + b"".join(_SIZE.pack(len(b)) + b for b in blobs), step=True)
 
 
 def tell_end(world: World) -> None:

@@ -135,7 +135,7 @@ class Stage:
       params,
       self.mesh,
       self.launch,
-      self.synchronizer.params,
+      self.synchronizer.recent,
     )
     self.resumed = self._resume()
     if self.buffer is not None:
@@ -397,7 +397,7 @@ class Stage:
     c = self.config
     if c.mode != "both" or self.offline or not c.explorer.deterministic or not c.eval.tasksets:
       return False
-    return is_due(c.eval, version) and version not in self._evaluated
+    return self.world.leader and is_due(c.eval, version) and version not in self._evaluated
 
   def on_eval(self, version: int, metrics: dict[str, float], shown: list[Experience]) -> None:
     """Books an evaluation (called from the explorer's thread)."""

@@ -113,6 +113,12 @@ class Synchronizer:
     with self._lock:
       return self._versions.get(version, (None, None))[0]
 
+  def recent(self, version: int) -> Any | None:
+    """`params` of one of the newest `keep`: the same on every process, whatever is pinned here."""
+    with self._lock:
+      known = version in sorted(self._versions)[-self._keep :]
+    return self.params(version) if known else None
+
   def _future(self, version: int) -> Future:
     future: Future = Future()
     future.set_running_or_notify_cancel()  # a waiter that gives up must not fail who publishes
