@@ -29,7 +29,8 @@ class Synchronizer:
   """Holds the published versions; explorers wait for the one they need.
 
   A published pytree never aliases the train state, which is donated. The newest `keep` versions
-  stay, so that the trainer can recompute the log-probs of older samples. `bell` is rung at each.
+  stay, so that the trainer can recompute the log-probs of older samples. `bell` is rung at each, in
+  this process: no other sees these versions.
 
   Args:
     pinned: whether a version stays although there are `keep` newer ones.
@@ -95,7 +96,7 @@ class Synchronizer:
       self._waiters = [w for w in self._waiters if w[0] > version]
     for _, future in ready:
       future.set_result(None)
-    self._bell.ring()
+    self._bell.ring_here()
 
   def ask(self) -> None:
     """An explorer wants newer weights than it has (explorer_driven)."""
@@ -165,7 +166,7 @@ class Synchronizer:
       waiters, self._waiters = self._waiters, []
     for _, future in waiters:
       future.set_exception(self._ended())
-    self._bell.ring()
+    self._bell.ring_here()
 
   @property
   def failure(self) -> RunFailed | None:

@@ -138,6 +138,36 @@ def test_a_cut_connection_is_made_again_and_rings(server):
     bell.close()
 
 
+def test_a_ring_waits_for_a_server_that_starts_again(server):
+  from trinity_jax.buffer.storage_postgres import PostgresBell
+
+  bells = [PostgresBell(server.url, "a_channel", "the server") for _ in range(2)]
+  bells[0].ring()
+  server.stop("immediate")
+  ringing = threading.Thread(target=bells[0].ring)
+  ringing.start()
+  seen = bells[1].count
+  server.start()
+  ringing.join(WAIT)
+  assert not ringing.is_alive()
+  assert bells[1].wait(seen, WAIT) != seen
+  for bell in bells:
+    bell.close()
+
+
+def test_a_ring_that_nobody_hears_says_so(server):
+  from trinity_jax.buffer.storage_postgres import PostgresBell
+
+  bell = PostgresBell(server.url, "a_channel", "the server", patience=0.2)
+  server.stop("immediate")
+  try:
+    with pytest.raises(RunFailed, match="the server: not reached for 0 s: .*"):
+      bell.ring()
+  finally:
+    server.start()
+    bell.close()
+
+
 def test_no_server():
   pytest.importorskip("psycopg")
   from trinity_jax.buffer.storage_postgres import PostgresBell

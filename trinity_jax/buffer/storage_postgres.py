@@ -10,6 +10,7 @@ import hashlib
 import os
 import selectors
 import threading
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -33,17 +34,18 @@ class PostgresBell(ThreadBell):
     url: psycopg's connection string.
     channel: an identifier of at most 63 bytes.
     place: the database, for messages.
+    patience: seconds to keep trying to ring when the connection is cut.
 
   Raises:
     RunFailed: the database cannot be reached.
   """
 
-  def __init__(self, url: str, channel: str, place: str):
+  def __init__(self, url: str, channel: str, place: str, patience: float = 60.0):
     super().__init__()
     import psycopg
 
     self._psycopg = psycopg
-    self._url, self._channel, self._place = url, channel, place
+    self._url, self._channel, self._place, self._patience = url, channel, place, patience
     self._wake, self._closing = os.pipe(), threading.Event()
     self._sender: Any = None
     self._sending = threading.Lock()
@@ -95,21 +97,29 @@ class PostgresBell(ThreadBell):
           self.ring_here()
 
   def ring(self) -> None:
-    """Wakes every process; one round trip to the server."""
+    """Wakes every process; one round trip to the server, which may be starting again.
+
+    Raises:
+      RunFailed: it could not be reached for `patience` seconds.
+    """
     self.ring_here()
+    end, delay = time.monotonic() + self._patience, 0.02
     with self._sending:
-      for attempt in range(2):
+      while not self._closing.is_set():
         try:
           if self._sender is None:
             self._sender = self._psycopg.connect(self._url, autocommit=True)
           self._sender.execute(f'NOTIFY "{self._channel}"')
           return
-        except self._psycopg.Error:
+        except self._psycopg.Error as e:
           if self._sender is not None:
             self._sender.close()
             self._sender = None
-          if attempt:
-            raise
+          if time.monotonic() + delay > end:
+            what = " ".join(str(e).split())
+            raise RunFailed(f"{self._place}: not reached for {self._patience:.0f} s: {what}") from e
+        self._closing.wait(delay)  # back-off: nothing tells when the server is back
+        delay = min(2 * delay, 1.0)
 
   def close(self) -> None:
     if self._closing.is_set():
@@ -154,7 +164,7 @@ def open_postgres(url: str, *, patience: float, namespace: str) -> PostgresStore
   place = f"{parsed.render_as_string(hide_password=True).replace('+psycopg', '')} ({namespace})"
   dsn = parsed.set(drivername="postgresql").render_as_string(hide_password=False)
   channel = "buffer_" + hashlib.blake2b(namespace.encode(), digest_size=16).hexdigest()
-  bell = PostgresBell(dsn, channel, place)
+  bell = PostgresBell(dsn, channel, place, patience)
   try:
     return PostgresStore(
       Database(parsed, place, patience=patience, namespace=namespace), bell, channel
