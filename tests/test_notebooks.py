@@ -34,8 +34,8 @@ def test_notebooks_show_a_run():
     compile(code_of(path), str(path), "exec")
 
 
-# The quickstart's config is trained in full by test_quickstart.
-LONG = {"quickstart": pytest.mark.nightly}
+# Their configs are trained by test_quickstart, and such an agent by test_calculator_agent.
+LONG = {"quickstart": pytest.mark.nightly, "your_agent": pytest.mark.nightly}
 
 
 @pytest.mark.slow

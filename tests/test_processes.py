@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["", "one"])
+@pytest.mark.parametrize("killed", [pytest.param("", marks=pytest.mark.nightly), "one"])
 def test_two_explorers_learn_as_well(tmp_path, killed):
   workdir, log = tmp_path / "run", tmp_path / "log"
 

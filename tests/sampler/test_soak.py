@@ -140,15 +140,16 @@ def memory() -> int:
   return tracemalloc.get_traced_memory()[0]
 
 
-COUNTS = [
-  1500,
-  pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+SOAKS = [
+  (1500, 1),
+  (1500, 4),
+  pytest.param(10_000, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+  pytest.param(10_000, 4, marks=[pytest.mark.nightly, pytest.mark.timeout(1200)]),
 ]
 
 
-@pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("on_swap", SWAPS)
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count, shards", SOAKS)
 def test_soak_on_the_fake_engine(fakes, count, on_swap, shards):
   P, R = 100, 24
   programs = fakes.FakePrograms(
