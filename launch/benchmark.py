@@ -28,7 +28,7 @@ CPU_DEVICES = flags.DEFINE_integer(
   "cpu_devices", os.cpu_count(), "As how many devices ours runs on a CPU (mesh.cpu_devices)."
 )
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
   "s": dict(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, intermediate=768),
   "m": dict(hidden=512, layers=8, heads=8, kv_heads=4, head_dim=64, intermediate=1536),
 }

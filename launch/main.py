@@ -179,7 +179,7 @@ def launch(own: flags.FlagValues, values: ConfigDict | None) -> None:
   if config.mode == "plan":
     from trinity_jax.plan.report import plan
 
-    print(plan(config, own["topology"].value, lambda line: print(line, file=sys.stderr)))
+    print(plan(config, own["topology"].value or "", lambda line: print(line, file=sys.stderr)))
     return
   if not own["workdir"].value:
     raise UserError("--workdir is missing: name the folder the run writes to")
