@@ -211,8 +211,8 @@ def train(config: Config, workdir: str, place: str, debug: bool) -> None:
   world = distributed.join(place)
   try:
     run(config, workdir, world)
-  except Exception as error:
-    if world.count > 1 and not isinstance(root_cause(error), Preempted):  # nobody else knows of it
+  except Exception as error:  # whatever it is, the other processes wait for this one: tell them
+    if world.count > 1 and not isinstance(root_cause(error), Preempted):
       world.fail(root_cause(error), exit_code(error, debug))
     world.close()
     raise
@@ -242,7 +242,7 @@ def main(argv: list[str]) -> int:
     own, values = parse(argv)
     logging.set_verbosity(own["verbosity"].value or 0)
     launch(own, values)
-  except Exception as error:
+  except Exception as error:  # may come wrapped by threads and task groups; a bug goes on up
     if not isinstance(root_cause(error), EXPECTED):
       raise
     return exit_code(error, debug)

@@ -47,7 +47,7 @@ def run(config: Any, workdir: str | Path, world: World = ALONE) -> dict[str, Any
   if world.leader:
     prepare_workdir(workdir, config)
     warnings = preflight(config, workdir)
-  world.meet("the run's folder")
+  world.meet("the run's folder", config.sync.timeout)  # the first one may read data for long
 
   from trinity_jax.monitor.compiles import CompileCounter
   from trinity_jax.monitor.progress import Progress

@@ -129,7 +129,7 @@ class Resource:
       elif state == "":
         self.create()
       else:
-        time.sleep(POLL)
+        time.sleep(POLL)  # gcloud can only be asked: nothing tells of a change of state
 
   def install(self) -> None:
     """This repository's files and their environment, on every host where no run goes on."""

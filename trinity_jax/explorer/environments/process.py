@@ -242,7 +242,7 @@ class Processes:
       member.leave()
     try:
       await turn
-    except BaseException:
+    except BaseException:  # cancelled: leaves the queue, or passes on the place it just got
       if turn.cancelled():
         self._waiting.remove(waiting)
         if member is not None:
