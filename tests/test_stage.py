@@ -10,18 +10,14 @@ import pytest
 
 from trinity_jax.config import base_config, resolve, stage_configs
 from trinity_jax.config_checks import check_lag, check_rows
+from trinity_jax.control import shuffled_rewards
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, ExperienceId, StopReason
 from trinity_jax.monitor.metrics import undocumented
 from trinity_jax.monitor.writers import read_jsonl
 from trinity_jax.run import run
-from trinity_jax.stage import (
-  StageResult,
-  read_stage_result,
-  samples,
-  shuffled_rewards,
-  write_stage_result,
-)
+from trinity_jax.stage import samples
+from trinity_jax.stage_result import StageResult, read_stage_result, write_stage_result
 
 SUMS = "trinity_jax.tasks.arithmetic:generate"
 # An untrained model answers no sum: reward what differs by chance, so that there is a gradient.

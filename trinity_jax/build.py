@@ -16,6 +16,7 @@ from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.buffer.store import open_store
 from trinity_jax.config import Config, taskset_config
+from trinity_jax.distributed import Channel, World
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
 from trinity_jax.explorer.explorer import Explorer, Versions, tasks_per_batch
@@ -31,6 +32,7 @@ from trinity_jax.sampler.cache import aligned, buckets
 from trinity_jax.sampler.engine import EngineSpec
 from trinity_jax.sampler.pool import SamplerPool
 from trinity_jax.sampler.programs import Programs, shards_of
+from trinity_jax.sampler.remote import RemoteSampler
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.schedule import Schedule, make_schedule
@@ -224,12 +226,14 @@ def make_engine(
   launch: LaunchOrder,
   span: Callable[[str], contextlib.AbstractContextManager] = lambda _: contextlib.nullcontext(),
   tokenizer_dir: Path | None = None,
+  others: Sequence[Channel] = (),
 ) -> RolloutEngine:
   """What samples for the explorer, its programs compiled.
 
   Args:
     launch: of the training mesh.
     tokenizer_dir: goes with weights that are given to a remote server.
+    others: to the processes whose samplers this one asks too.
 
   Raises:
     UserError: a remote engine's arguments are wrong.
@@ -274,7 +278,13 @@ def make_engine(
         rates=roofline.measure(programs.spec, s.slots // programs.shards, mesh.local_devices),
       )
     )
-  return samplers[0] if len(samplers) == 1 else SamplerPool(samplers)
+  remote = [RemoteSampler(channel, samplers[0].spec) for channel in others]
+  return samplers[0] if len(samplers + remote) == 1 else SamplerPool([*samplers, *remote])
+
+
+def samples_here(config: Config, world: World) -> bool:
+  """Whether this process has a sampler, in a stage that has any: a server is asked by one only."""
+  return world.leader or config.sampler.engine != "openai"
 
 
 def make_explorer(

@@ -13,6 +13,7 @@ a word is missed by the runtime, which ends the others within HEARTBEAT seconds 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -45,6 +46,7 @@ class World:
     self._stored: list[int] = []  # messages that are still in the store
     self._step = -1  # the message that began the last step
     self._listeners: list[threading.Thread] = []
+    self._channels: dict[int, Channel] = {}
 
   @property
   def leader(self) -> bool:
@@ -93,6 +95,12 @@ class World:
       self.tell(json.dumps(value).encode())
       return json.loads(json.dumps(value))
     return json.loads(self.hear(seconds))
+
+  def channel(self, other: int) -> Channel:
+    """Between this process and another, always the same one."""
+    if other not in self._channels:
+      self._channels[other] = Channel(self._client, self.index, other)
+    return self._channels[other]
 
   def meet(self, name: str, seconds: float = _JOIN) -> None:
     """Waits until every process is here.
@@ -158,6 +166,29 @@ class World:
     except jax.errors.JaxRuntimeError:
       pass  # the others will end without
     _leave(int(code))
+
+
+class Channel:
+  """Messages to and from one other process, in order. One thread may send and one receive.
+
+  Attributes:
+    other: the process's index.
+  """
+
+  def __init__(self, client: Any, here: int, other: int):
+    self._client, self.other = client, other
+    self._out = (f"channel/{here}/{other}/{n}" for n in itertools.count())
+    self._in = (f"channel/{other}/{here}/{n}" for n in itertools.count())
+
+  def send(self, message: bytes) -> None:
+    self._client.key_value_set_bytes(next(self._out), message)
+
+  def receive(self) -> bytes:
+    """Waits for the next message as long as the run lasts."""
+    key = next(self._in)
+    message = self._client.blocking_key_value_get_bytes(key, _FOREVER)
+    self._client.key_value_delete(key)
+    return message
 
 
 ALONE = World()

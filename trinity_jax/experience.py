@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
 
+from trinity_jax import blobs
 from trinity_jax.errors import UserError
 
 
@@ -174,11 +174,8 @@ class Experience:
 
   def to_bytes(self) -> bytes:
     """One safetensors blob; everything that is not an array is JSON in its header."""
-    from safetensors.numpy import save
-
     arrays = {k: getattr(self, k) for k in _ARRAYS if getattr(self, k) is not None}
-    # Not ascontiguousarray: it would turn scalars into vectors.
-    arrays |= {f"extras.{k}": np.array(v, order="C") for k, v in self.extras.items()}
+    arrays |= {f"extras.{k}": v for k, v in self.extras.items()}
     header = {
       "id": list(self.id),
       "reward": self.reward,
@@ -189,19 +186,15 @@ class Experience:
       "metrics": self.metrics,
       "info": self.info,
     }
-    text = json.dumps(header, default=float)  # numpy's scalars are numbers too
-    return save(arrays, metadata={"experience": text, "format": "1"})
+    return blobs.pack("experience", header, arrays)
 
   @classmethod
   def from_bytes(cls, data: bytes) -> Experience:
     """Inverse of `to_bytes`; a damaged record is a UserError, never executed."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load
 
     try:
-      size = int.from_bytes(data[:8], "little")
-      header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["experience"])
-      arrays = load(data)
+      header, arrays = blobs.unpack("experience", data)
       for name, dtype in _ARRAYS.items():
         if name in arrays and arrays[name].dtype != dtype:
           raise ValueError(f"{name} is {arrays[name].dtype}, expected {np.dtype(dtype)}")

@@ -48,8 +48,8 @@ class Source:
     self._stats: dict[str, float] = {}
     self._verdicts: dict[str, float] = {}
 
-  def sample(self) -> list[Experience]:
-    """The next optimizer step's experiences."""
+  def sample(self) -> list[Experience] | None:
+    """The next optimizer step's experiences; None where another process was asked to end."""
     raise NotImplementedError
 
   def explore(self) -> Coroutine[Any, Any, None]:

@@ -7,8 +7,6 @@ the stage with its own error; every wait has a deadline.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,18 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from trinity_jax import build, following
+from trinity_jax import build
 from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.config import Config
 from trinity_jax.config_checks import check_lag, check_rows
+from trinity_jax.control import shuffled_rewards
 from trinity_jax.distributed import ALONE, World
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import Experience, ExperienceId, Task
 from trinity_jax.explorer.evaluation import is_due
 from trinity_jax.exploring import announce
+from trinity_jax.following import PATIENCE, Followed, tell, tell_end
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
 from trinity_jax.models.tokenizer import Tokenizer
@@ -40,25 +39,18 @@ from trinity_jax.placement import to_local
 from trinity_jax.preemption import Preempted, Preemption
 from trinity_jax.probe import make_probe
 from trinity_jax.publishing import SnapshotPublisher
+from trinity_jax.sampler.rollout_engine import RolloutEngine
+from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.schedule import make_schedule
 from trinity_jax.source import Demonstrations, Recording, Rollouts, Source
+from trinity_jax.stage_result import StageResult, write_stage_result
 from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.demonstrations import given
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
 from trinity_jax.trainer.trainer import Trainer
 from trinity_jax.watchdog import Watchdog
 
-_PATIENCE = 2  # times sync.timeout that other processes wait for the first one
 WARMUP_STEPS = 2  # steps after which a compilation counts as unexpected
-
-
-@dataclasses.dataclass
-class StageResult:
-  """What a finished stage left."""
-
-  name: str
-  model: str  # Hugging Face folder, "" when save_hf is never
-  resumed: bool
 
 
 class Stage:
@@ -103,6 +95,7 @@ class Stage:
     rollout_dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
     self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep, world)
     self.buffer, self.publisher = None, None
+    self._followed: Followed | None = None
     if not self.offline and world.leader:
       saved = self.checkpoints.latest_step() or 0
       self.buffer = build.make_buffer(config, self.schedule, directory, saved)
@@ -172,11 +165,11 @@ class Stage:
     return bool(c.eval.tasksets) if self.offline else c.mode != "train"
 
   def _localize(self, params: Any) -> Any:
-    """Published parameters on the devices of the sampler's process, where there are several."""
+    """Published parameters on this process's own devices, where there are several processes."""
     if self.world.count == 1 or not self.explores:
       return params
-    rollout = self.meshes.rollout[0]
-    to = sharding.param_shardings(self.model, rollout) if self.world.leader else None
+    rollout, here = self.meshes.rollout[0], build.samples_here(self.config, self.world)
+    to = sharding.param_shardings(self.model, rollout) if here else None
     return to_local(params, to, self.launch)
 
   def _resume(self) -> bool:
@@ -236,7 +229,7 @@ class Stage:
         if self.publisher is not None:
           self.publisher.finish()
         source.finish()
-        self.world.meet(f"end of {c.name}", _PATIENCE * c.sync.timeout)
+        self.world.meet(f"end of {c.name}", PATIENCE * c.sync.timeout)
       except RunFailed:
         if self.preemption.requested:
           raise self._preempted() from None
@@ -250,7 +243,7 @@ class Stage:
   def _sample(self, source: Source) -> list[Experience]:
     """The next step's experiences; when the run is asked to end, saves it and raises Preempted."""
     with self.timeline.span("wait_for_batch"):
-      found = self._read(source) if self.world.leader else self._hear()
+      found = self._read(source) if self.world.leader else source.sample()
     if found is not None:
       return found
     step = self.trainer.step_number
@@ -267,13 +260,10 @@ class Stage:
         raise
       found = None
     if found is None:
-      following.tell_end(self.world)
+      tell_end(self.world)
     else:
-      following.tell(self.world, found)
+      tell(self.world, found)
     return found
-
-  def _hear(self) -> list[Experience] | None:
-    return following.hear(self.world, _PATIENCE * self.config.sync.timeout)
 
   def _preempted(self) -> Preempted:
     step = self.checkpoints.latest_step()
@@ -393,11 +383,16 @@ class Stage:
     return path
 
   def _awaits_evaluation(self, version: int) -> bool:
-    """Whether the explorer of this process still has to evaluate a version (see Explorer)."""
+    """Whether the explorer of this process still has to evaluate a version (see Explorer).
+
+    Where the leader's has to, it has not told yet to sample from a later one.
+    """
     c = self.config
+    if self._followed is not None:
+      return bool(c.eval.tasksets) and is_due(c.eval, version) and version >= self._followed.asked
     if c.mode != "both" or self.offline or not c.explorer.deterministic or not c.eval.tasksets:
       return False
-    return self.world.leader and is_due(c.eval, version) and version not in self._evaluated
+    return is_due(c.eval, version) and version not in self._evaluated
 
   def on_eval(self, version: int, metrics: dict[str, float], shown: list[Experience]) -> None:
     """Books an evaluation (called from the explorer's thread)."""
@@ -412,30 +407,8 @@ class Stage:
   @contextlib.contextmanager
   def _source(self) -> Iterator[Source]:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
-    c = self.config
-    if not self.world.leader:
-      yield Source(self)  # what the leader tells
-      return
-    kind = Demonstrations if self.algorithm.supervised else Recording if self.offline else Rollouts
-    explorer = engine = None
-    if self.explores:
-      engine = build.make_engine(
-        c, self.model, self.meshes, self.launch, self.timeline.span, self.model_path
-      )
-      explorer = build.make_explorer(
-        c,
-        self.algorithm,
-        engine=engine,
-        tokenizer=self.tokenizer,
-        versions=self.synchronizer,
-        buffer=self.buffer,
-        bell=self.bell,
-        taskset=self.taskset,
-        span=self.timeline.span,
-        on_eval=self.on_eval,
-        evaluated=self._evaluated,
-      )
-    source = kind(self, explorer, engine, self.buffer)
+    engine = self._make_engine() if self.explores else None
+    source = self._make_source(engine)
     if engine is not None:
       engine.start()
       source.start()
@@ -449,22 +422,43 @@ class Stage:
       if engine is not None:
         engine.close()
 
+  def _make_engine(self) -> RolloutEngine | None:
+    """This process's sampler; the leader's is all of them."""
+    if not build.samples_here(self.config, self.world):
+      return None
+    others = range(1, self.world.count) if self.world.leader else ()
+    return build.make_engine(
+      self.config,
+      self.model,
+      self.meshes,
+      self.launch,
+      self.timeline.span,
+      self.model_path,
+      [self.world.channel(i) for i in others],
+    )
 
-def shuffled_rewards(experiences: Sequence[Experience], seed: int, step: int) -> list[Experience]:
-  """The control experiment: the step's rewards, dealt out at random to its graded runs.
-
-  All token logs of a run get the one that its last had; rewards of tokens and turns are left out.
-  """
-  rewards = {e.id[:3]: e.reward for e in experiences if e.reward is not None}  # the last one's
-  runs = list(rewards)
-  dealt = np.random.default_rng((seed, step)).permutation(len(runs))
-  to = {run: rewards[runs[j]] for run, j in zip(runs, dealt)}
-  return [_rewarded(e, to[e.id[:3]]) if e.reward is not None else e for e in experiences]
-
-
-def _rewarded(e: Experience, reward: float) -> Experience:
-  info = {k: v for k, v in e.info.items() if k != "step_reward"}
-  return dataclasses.replace(e, reward=reward, token_rewards=None, info=info)
+  def _make_source(self, engine: RolloutEngine | None) -> Source:
+    if not self.world.leader:
+      assert engine is None or isinstance(engine, Sampler)
+      self._followed = Followed(self, engine)
+      return self._followed
+    explorer = None
+    if engine is not None:
+      explorer = build.make_explorer(
+        self.config,
+        self.algorithm,
+        engine=engine,
+        tokenizer=self.tokenizer,
+        versions=self.synchronizer,
+        buffer=self.buffer,
+        bell=self.bell,
+        taskset=self.taskset,
+        span=self.timeline.span,
+        on_eval=self.on_eval,
+        evaluated=self._evaluated,
+      )
+    kind = Demonstrations if self.algorithm.supervised else Recording if self.offline else Rollouts
+    return kind(self, explorer, engine, self.buffer)
 
 
 def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:
@@ -473,19 +467,6 @@ def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:
   return [
     Sample(str(e.messages[-2]["content"]), str(e.messages[-1]["content"]), e.reward) for e in first
   ]
-
-
-def write_stage_result(path: Path, result: StageResult, seconds: float) -> None:
-  """Marks a stage as finished; a rerun skips it."""
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps({**dataclasses.asdict(result), "seconds": seconds}))
-  part.replace(path)
-
-
-def read_stage_result(path: Path) -> StageResult:
-  values = json.loads(path.read_text())
-  values.pop("seconds")
-  return StageResult(**values)
 
 
 def run_stage(*args, **kwargs) -> StageResult:

@@ -150,14 +150,31 @@ class Synchronizer:
       async with asyncio.timeout(self._timeout):
         await asyncio.wrap_future(future)
     except TimeoutError:
-      raise RunFailed(
-        f"the explorer waited {self._timeout:.0f} s (sync.timeout) for version {version}; the "
-        f"trainer's newest is {self.version}"
-      ) from None
+      raise self._late(version) from None
     finally:
-      with self._lock:
-        self._waiters = [w for w in self._waiters if w[1] is not future]
+      self._forget(future)
     return self._newest_up_to(version)
+
+  def wait(self, version: int) -> tuple[int, Any]:
+    """`wait_for`, of a thread."""
+    future = self._future(version)
+    try:
+      future.result(self._timeout)
+    except TimeoutError:
+      raise self._late(version) from None
+    finally:
+      self._forget(future)
+    return self._newest_up_to(version)
+
+  def _late(self, version: int) -> RunFailed:
+    return RunFailed(
+      f"the explorer waited {self._timeout:.0f} s (sync.timeout) for version {version}; the "
+      f"trainer's newest is {self.version}"
+    )
+
+  def _forget(self, future: Future) -> None:
+    with self._lock:
+      self._waiters = [w for w in self._waiters if w[1] is not future]
 
   def close(self, error: BaseException) -> None:
     """Fails everyone who waits, now and later."""

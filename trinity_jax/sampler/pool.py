@@ -1,10 +1,11 @@
-"""Several samplers behind one interface: one per sub-mesh, each with its own thread and cache."""
+"""Several samplers behind one interface: one per sub-mesh or process, each with its own cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trinity_jax.sampler.remote import RemoteSampler
 from trinity_jax.sampler.scheduler import Sampler
 
 
@@ -15,7 +16,7 @@ class SamplerPool:
   prompts are prefilled once and deterministic admission needs no agreement between samplers.
   """
 
-  def __init__(self, samplers: Sequence[Sampler]):
+  def __init__(self, samplers: Sequence[Sampler | RemoteSampler]):
     self.samplers = list(samplers)
 
   @property
@@ -27,7 +28,7 @@ class SamplerPool:
   def error(self) -> BaseException | None:
     return next((s.error for s in self.samplers if s.error is not None), None)
 
-  def member(self, order: Sequence[int]) -> Sampler:
+  def member(self, order: Sequence[int]) -> Sampler | RemoteSampler:
     """The sampler of the runs whose order begins with (stream, batch, task)."""
     return self.samplers[sum(order[:3]) % len(self.samplers)]
 
@@ -60,10 +61,14 @@ class SamplerPool:
   def metrics(self) -> dict[str, float]:
     """Sums; shares as means."""
     each = [s.metrics() for s in self.samplers]
-    return {k: sum(m[k] for m in each) / (len(each) if k.endswith("_use") else 1) for k in each[0]}
+    return {k: v / (len(each) if k.endswith("_use") else 1) for k, v in _sums(each).items()}
 
   @property
   def stats(self) -> dict[str, float]:
     """Sums of the samplers' counters; seconds are of all of them together."""
-    each = [s.stats for s in self.samplers]
-    return {k: sum(m[k] for m in each) for k in each[0]}
+    return _sums([s.stats for s in self.samplers])
+
+
+def _sums(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """By key; another process's sampler has said nothing yet before its first answer."""
+  return {k: sum(m.get(k, 0.0) for m in each) for k in each[0]}

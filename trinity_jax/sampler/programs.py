@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trinity_jax.checksums import verify
 from trinity_jax.errors import UserError
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import transformer
+from trinity_jax.ops import Segment  # pyright: ignore[reportAttributeAccessIssue]
 from trinity_jax.sampler import engine, scoring
 from trinity_jax.sampler.engine import SLOTS, DecodeState, EngineSpec, Requests
 
@@ -43,6 +46,19 @@ def state_shardings(spec: EngineSpec, mesh: Mesh) -> DecodeState:
     )
   state = jax.eval_shape(lambda: engine.init_state(spec))
   return jax.tree.map(lambda x: NamedSharding(mesh, engine.layout(x)), state)
+
+
+def formats(shardings: DecodeState, mesh: Mesh) -> DecodeState:
+  """How the state lies in memory: on a TPU a key's numbers beside each other, as decode's loop has
+  them. Else decode would copy all keys on its way in and on its way out, and need room for that."""
+  if mesh.devices.flat[0].platform != "tpu":
+    return shardings
+  keys_last = Layout(major_to_minor=(0, 1, 3, 2))
+  cache = jax.tree.map(
+    lambda s: s._replace(k=Format(keys_last, s.k)), shardings.cache,
+    is_leaf=lambda x: isinstance(x, Segment),
+  )  # fmt: skip
+  return dataclasses.replace(shardings, cache=cache)
 
 
 def unstacked(layout: Any, spec: EngineSpec) -> Any:
@@ -122,7 +138,8 @@ class Programs:
   def _declared(self, params: Any) -> dict[Any, Callable[[], jax.stages.Lowered]]:
     """What lowers each program, by name."""
     out: dict[Any, Callable[[], jax.stages.Lowered]] = {}
-    spec, state_sh, shards = self.spec, self.state_shardings, self.shards
+    spec, shards = self.spec, self.shards
+    state_sh = formats(self.state_shardings, self.mesh)
     rep = NamedSharding(self.mesh, PartitionSpec())
     slots = NamedSharding(self.mesh, PartitionSpec(SLOTS))
     wide = NamedSharding(self.mesh, PartitionSpec(SLOTS, "tensor"))

@@ -21,6 +21,7 @@ from trinity_jax.errors import RunFailed, UserError, suggestion
 from trinity_jax.experience import StopReason
 from trinity_jax.sampler import scoring
 from trinity_jax.sampler.driver import Driver
+from trinity_jax.sampler.engine import EngineSpec
 from trinity_jax.sampler.programs import Programs
 from trinity_jax.sampler.request import Completion, Request, check, join
 from trinity_jax.sampler.roofline import Rates
@@ -92,6 +93,11 @@ class Sampler:
     self.error: BaseException | None = None
     self._linger_until = 0.0
     self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+
+  @property
+  def spec(self) -> EngineSpec:
+    """What its programs were compiled for."""
+    return self._programs.spec
 
   # --- life (any thread) -------------------------------------------------------------------------
 
@@ -275,16 +281,20 @@ class Sampler:
       self.abort(future)
 
   async def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-    """See Member.logprobs. Scored between two dispatches, also while admission waits for a run."""
+    """See Member.logprobs."""
+    with self.participant():  # who waits for it may ask for samples next
+      return await asyncio.wrap_future(self.score(tokens, temperature))
+
+  def score(self, tokens: Sequence[int] | np.ndarray, temperature: float = 1.0) -> Future:
+    """Queues `logprobs`: scored between two dispatches, also while admission waits for a run."""
     if not self._programs.scores:
       raise UserError("log-probs of given tokens need config.sampler.scores = True")
     asked = scoring.ask(tokens, temperature, self._programs.spec)
-    with self.participant():  # who waits for it may ask for samples next
-      with self._changed:
-        self._refuse_if_closed()
-        self._scores.append(asked)
-        self._changed.notify_all()
-      return await asyncio.wrap_future(asked.future)
+    with self._changed:
+      self._refuse_if_closed()
+      self._scores.append(asked)
+      self._changed.notify_all()
+    return asked.future
 
   def abort(self, future: Future) -> None:
     """Gives a request up: it ends at the next dispatch boundary with what it has (ABORTED).

@@ -74,7 +74,7 @@ class Asked:
   future: Future
 
 
-def ask(tokens: Sequence[int], temperature: float, spec: EngineSpec) -> Asked:
+def ask(tokens: Sequence[int] | np.ndarray, temperature: float, spec: EngineSpec) -> Asked:
   """Raises UserError for what the programs were not compiled for."""
   if not 1 <= len(tokens) <= spec.cache_length:
     raise UserError(
