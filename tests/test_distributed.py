@@ -8,11 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import jax
+import key_value_store
 import launching
 import numpy as np
 import pytest
@@ -66,32 +66,8 @@ def test_places_that_cannot_be(flag, environment):
 # --- what they tell each other --------------------------------------------------------------------
 
 
-class Store:
-  """The runtime's key-value store, for threads."""
-
-  def __init__(self):
-    self._changed = threading.Condition()
-    self.values = {}
-
-  def key_value_set_bytes(self, key, value):
-    with self._changed:
-      assert key not in self.values, "JAX refuses to overwrite"
-      self.values[key] = value
-      self._changed.notify_all()
-
-  def key_value_delete(self, key):
-    with self._changed:
-      del self.values[key]
-
-  def blocking_key_value_get_bytes(self, key, milliseconds):
-    with self._changed:
-      if not self._changed.wait_for(lambda: key in self.values, milliseconds / 1000):
-        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
-      return self.values[key]
-
-
 def test_the_leader_decides():
-  store = Store()
+  store = key_value_store.Store()
   leader, other = World(0, 2, store), World(1, 2, store)
   for n in range(5):
     assert leader.agree({"n": n}) == {"n": n}  # nobody has heard it yet
@@ -102,7 +78,7 @@ def test_the_leader_decides():
 
 
 def test_messages_are_forgotten_when_all_have_read_them():
-  store = Store()
+  store = key_value_store.Store()
   leader, other = World(0, 2, store), World(1, 2, store)
   for step in range(50):
     following.tell(leader, [])  # of the step before, all have begun it
@@ -130,7 +106,7 @@ def test_experiences_are_told_whole():
       messages=[{"role": "user", "content": "é"}], extras={"x": np.ones((2, n))},
     )  # fmt: skip
 
-  store = Store()
+  store = key_value_store.Store()
   leader, other = World(0, 2, store), World(1, 2, store)
   sent = [experience(i, n) for i, n in enumerate((3, 0, 70))]
   for told in (sent, []):
@@ -245,8 +221,11 @@ def same(a, b):
   ],
 )
 def test_several_processes_train_as_one_does(recipe, one, tmp_path, count, flags):
-  run = whole(recipe, tmp_path / "run", count, "--config.trainer.total_steps=4", *flags)
-  same(one, run)
+  flags = ("--config.trainer.total_steps=4", "--config.taskset.workflow=graded:told", *flags)
+  same(one, whole(recipe, tmp_path / "run", count, *flags))
+  said = log(tmp_path / "run", 0).read_text()
+  asked = [said.count(f"asked a {name}\n") for name in ("Sampler", "RemoteSampler")]
+  assert asked == [32 // count, 32 - 32 // count]  # 4 steps of 8 runs
 
 
 @pytest.mark.nightly

@@ -342,12 +342,14 @@ class _Post:
   def _send(self) -> None:
     last = False
     while not last:
-      events = [] if self._news is None else [(self._news(), _NONE)]
+      events = []
       while not last:  # what follows the last event is for nobody
         events.append(self._outbox.get())
         last = events[-1][0]["kind"] in ("end", "lost")
         if self._outbox.empty():
           break
+      if self._news is not None:
+        events.insert(0, (self._news(), _NONE))
       self._channel.send(_encode(events))
 
 
