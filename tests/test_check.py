@@ -16,7 +16,7 @@ from trinity_jax.algorithms.algorithm import make
 from trinity_jax.algorithms.table import TABLE
 from trinity_jax.config import resolve
 from trinity_jax.errors import UserError
-from trinity_jax.memory import memory_per_device
+from trinity_jax.memory import memory_per_device, one_layer
 from trinity_jax.models import sharding
 from trinity_jax.models.params import abstract
 from trinity_jax.models.presets import PRESETS
@@ -143,6 +143,12 @@ def test_memory_is_that_of_the_shards():
   fsdp = measure(data=1, fsdp=8)
   assert numbers / 8 <= fsdp["parameters"] / 4 < numbers / 8 + 2000  # norms are on every device
   assert fsdp["training"] < data["training"] < one["training"]
+  # The parameters of a layer, which fsdp gathers: all but embedding (and head) and final norm.
+  outside = (1 if m.tie_word_embeddings else 2) * m.vocab_size * m.hidden_size + m.hidden_size
+  layer = 4 * (numbers - outside) // m.num_layers
+  for tensor in (1, 2):
+    grid = sharding.make_mesh(1, 8 // tensor, tensor)
+    assert one_layer(stage, model, grid) == layer // tensor
 
   # Two devices of each kind: neither holds what only the other needs.
   train = sharding.make_mesh(1, 2, 1, jax.devices()[:2])

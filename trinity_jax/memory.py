@@ -1,8 +1,8 @@
 """How much memory a stage needs on each device, from shapes and shardings alone.
 
 What stays for the whole stage is exact. What exists only within a step is estimated from the
-largest arrays; left out are the compiler's workspaces and fragmentation, buffers of collectives,
-and packed batches (a few bytes a token). `--mode=plan` compiles the programs and says more.
+largest arrays; left out are the compiler's workspaces and fragmentation, and packed batches (a few
+bytes a token). `--mode=plan` compiles the programs and says more.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def memory_per_device(
   sample = {"sampler": own, "cache": cache}
   if training is None:  # the float32 sum over micro-batches, and one micro-batch's gradient
     training = 4 * numbers + master + activations(config, model, mesh, spec)
+    training += 2 * one_layer(config, model, mesh)  # gathered; its gradient before it is reduced
   within = sampling(model, programs) if within is None else within
   kept, kept_there = sum(train.values()), sum(sample.values())
   if set(mesh.devices.flat).isdisjoint(programs.mesh.devices.flat):
@@ -117,6 +118,14 @@ def held(specs: Any, layout: Any) -> int:
   leaves, tree = jax.tree.flatten(specs)
   shardings = tree.flatten_up_to(layout)
   return sum(math.prod(s.shard_shape(spec.shape)) for spec, s in zip(leaves, shardings))
+
+
+def one_layer(config: Config, model: ModelConfig, mesh: Mesh) -> int:
+  """Bytes on one device of one layer's parameters in the dtype they are used in, gathered over all
+  axes of the mesh but tensor."""
+  layers = jax.tree.leaves(params_lib.abstract(model)["layers"])
+  numbers = sum(math.prod(spec.shape[1:]) for spec in layers)
+  return jnp.dtype(config.model.dtype).itemsize * numbers // mesh.shape["tensor"]
 
 
 def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) -> int:

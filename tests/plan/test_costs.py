@@ -168,23 +168,90 @@ def test_places_that_meet_an_input(holes):
 
 
 def test_work_of_another_thread():
-  """As libtpu writes what it gives to SparseCores."""
+  """As libtpu writes what it gives to SparseCores: a call of a computation that starts another."""
   text = """
-%gather (p.0: f32[8,4], p.1: s32[3]) -> f32[3,4] {
+%less (x: f32[], y: f32[]) -> pred[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %first = pred[] compare(%x, %y), direction=LT
+}
+
+%rows (p.0: f32[8,4], p.1: s32[3]) -> f32[3,4] {
   %p.0 = f32[8,4]{1,0} parameter(0)
   %p.1 = s32[3]{0} parameter(1)
-  ROOT %call = f32[3,4]{1,0} custom-call(%p.0, %p.1), custom_call_target="other"
+  ROOT %gather = f32[3,4]{1,0} gather(%p.0, %p.1), offset_dims={1}, collapsed_slice_dims={0}, start_index_map={0}, index_vector_dim=1, slice_sizes={1,4}
 }, execution_thread="sparsecore"
 
-ENTRY %main (a: f32[8,4], b: s32[3]) -> f32[3,4] {
+%inner (q.0: f32[8,4], q.1: s32[3]) -> f32[12,4] {
+  %q.0 = f32[8,4]{1,0} parameter(0)
+  %q.1 = s32[3]{0} parameter(1)
+  %part = f32[3,4]{1,0} fusion(%q.0, %q.1), kind=kCustom, calls=%rows
+  ROOT %all-gather = f32[12,4]{1,0} all-gather(%part), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%started (r.0: f32[8,4], r.1: s32[3]) -> f32[12,4] {
+  %r.0 = f32[8,4]{1,0} parameter(0)
+  %r.1 = s32[3]{0} parameter(1)
+  ROOT %call = f32[12,4]{1,0} call(%r.0, %r.1), to_apply=%inner
+}, execution_thread="sparsecore"
+
+%body (b.0: f32[8,4], b.1: s32[3]) -> f32[12,4] {
+  %b.0 = f32[8,4]{1,0} parameter(0)
+  %b.1 = s32[3]{0} parameter(1)
+  %begun = ((f32[8,4], s32[3]), f32[12,4], u32[]) async-start(%b.0, %b.1), async_execution_thread="sparsecore", calls=%started
+  ROOT %ended = f32[12,4]{1,0} async-done(%begun)
+}, execution_thread="sparsecore"
+
+%outer (c.0: f32[8,4], c.1: s32[3]) -> f32[12,4] {
+  %c.0 = f32[8,4]{1,0} parameter(0)
+  %c.1 = s32[3]{0} parameter(1)
+  ROOT %custom-call = f32[12,4]{1,0} custom-call(%c.0, %c.1), custom_call_target="TODO", called_computations={%body}, backend_config={}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: f32[8,4], b: s32[3]) -> f32[12,4] {
   %a = f32[8,4]{1,0} parameter(0)
   %b = s32[3]{0} parameter(1)
-  %start = ((), (), (s32[9]{0:S(4)})) async-start(), async_execution_thread="sparsecore", calls=%gather
-  %more = ((f32[8,4], s32[3]), f32[3,4], s32[]) async-update(%start, %a, %b)
-  ROOT %done = f32[3,4]{1,0} async-done(%more)
+  %top = f32[8,4]{1,0} custom-call(%a), custom_call_target="TopK", called_computations={%less}
+  %start = ((), (), (s32[9]{0:S(4)})) async-start(), async_execution_thread="sparsecore", calls=%outer
+  %more = ((f32[8,4], s32[3]), f32[12,4], s32[]) async-update(%start, %a, %b)
+  ROOT %done = f32[12,4]{1,0} async-done(%more)
 }
 """  # noqa: E501
-  assert costs.cost(text).bytes == 4 * (8 * 4 + 3 + 3 * 4)
+  found = costs.cost(text)
+  # TopK reads and writes 8 x 4; the gather three rows, their numbers and the rows again.
+  assert found.bytes == 4 * (2 * 8 * 4 + 3 * 4 + 3 + 3 * 4) and not found.unknown
+  (one,) = found.collectives
+  assert (one.kind, one.sent, one.overlaps) == ("all-gather", 3 / 4 * 12 * 4 * 4, True)
+
+
+def test_gathered_by_a_sum():
+  """Over many devices XLA puts each one's part into zeros and adds these up."""
+  text = """
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%put (p: f32[2,4], i: s32[]) -> f32[8,4] {
+  %p = f32[2,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = f32[] constant(0)
+  %zeros = f32[8,4]{1,0} broadcast(%zero), dimensions={}
+  ROOT %own = f32[8,4]{1,0} dynamic-update-slice(%zeros, %p, %i, %i)
+}
+
+ENTRY %main (a: f32[2,4], i: s32[]) -> f32[8,4] {
+  %a = f32[2,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %placed = f32[8,4]{1,0} fusion(%a, %i), kind=kLoop, calls=%put
+  %gathered = f32[8,4]{1,0} all-reduce(%placed), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %summed = f32[8,4]{1,0} all-reduce(%gathered), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+  kinds = [(c.kind, c.sent, c.largest) for c in costs.cost(text).collectives]
+  price = 2 * 3 / 4 * 8 * 4 * 4  # an all-reduce's, for both
+  assert kinds == [("all-gather", price, 32), ("all-reduce", price, 32)]
 
 
 @pytest.mark.parametrize(("step", "trips"), [(1, 6), (2, 3), (4, 2)])

@@ -11,7 +11,7 @@ from trinity_jax.plan.lowering import stage_on
 from trinity_jax.plan.topologies import Topology
 from trinity_jax.sampler.programs import shards_of
 
-ROOM = 0.85  # of the memory: what the estimate leaves out
+ROOM = 0.9  # of the memory: what the estimate leaves out, see launch/PLAN.md
 
 
 def rows_that_fit(config: Config, topology: Topology) -> int:

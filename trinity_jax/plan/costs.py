@@ -51,7 +51,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one device. `unknown`: kernels, or SparseCores, whose work is not counted."""
+  """Of one device. `unknown`: kernels whose work is not counted."""
 
   flops: float = 0.0
   bytes: float = 0.0
@@ -113,7 +113,10 @@ class _Sum:
       return Cost()
     kind = i.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
-      return Cost(collectives=(self._collective(i, kind, operands),))
+      found = self._collective(i, kind, operands)
+      if kind == "all-reduce" and self._puts(where, i.operands[0]):
+        found = dataclasses.replace(found, kind="all-gather")
+      return Cost(collectives=(found,))
     if i.opcode == "while":
       return self._loop(i, where, depth)
     if i.opcode == "conditional":
@@ -124,10 +127,10 @@ class _Sum:
     if i.opcode == "call":
       return self.of(i.called("to_apply"), depth, fused)
     if i.opcode == "async-start":
-      inner = self.of(i.called("calls"), depth, fused)
-      return dataclasses.replace(
-        inner, collectives=tuple(dataclasses.replace(c, overlaps=True) for c in inner.collectives)
-      )
+      return _overlapping(self.of(i.called("calls"), depth, fused))
+    body = self._body(i, operands) if i.opcode == "custom-call" else ""
+    if body:
+      return self.of(body, depth, fused)
     if i.opcode == "fusion":
       return self._fusion(i, operands, depth, fused)
     flops, unknown = flops_of(i, operands)
@@ -182,6 +185,22 @@ class _Sum:
     steps = [inside.instructions[n] for n in top.operands if n in inside.instructions]
     return next((max(1, int(x.literal)) for x in steps if x.opcode == "constant"), 1)
 
+  def _body(self, i: Instruction, operands) -> str:
+    """What a custom call computes, where that is in the text: libtpu's words for SparseCores.
+
+    A computation of other operands is a comparison or a sum that the call makes use of.
+    """
+    name = re.match(r"%([\w.\-]+)\}", i.attributes.partition("called_computations={")[2])
+    if not name:
+      return ""
+    inside = self.module.computations[name[1]].instructions.values()
+    given = {int(x.literal): x.shapes for x in inside if x.opcode == "parameter"}
+    same = len(given) == len(operands) and all(
+      [(s.dtype, s.dims) for s in given[n]] == [(s.dtype, s.dims) for s in shapes]
+      for n, shapes in enumerate(operands)
+    )
+    return name[1] if same else ""
+
   # --- collectives -------------------------------------------------------------------------------
 
   def _collective(self, i: Instruction, kind: str, operands) -> Collective:
@@ -200,6 +219,18 @@ class _Sum:
     largest = max((s.size for s in out), default=0)
     return Collective(kind, times * share * size, largest, devices, overlaps, 1.0, i.op_name)
 
+  def _puts(self, where: Computation, name: str) -> bool:
+    """Whether an all-reduce's operand is zeros with the device's own part put into them: so XLA
+    gathers over many devices, at an all-reduce's price."""
+    found = where.instructions.get(name)
+    while found and found.opcode in ("bitcast", "copy", "copy-done", "copy-start", "fusion"):
+      if found.opcode == "fusion":
+        where = self.module.computations[found.called("calls")]
+        found = where.instructions[where.root]
+      else:
+        found = where.instructions.get(found.operands[0])
+    return found is not None and found.opcode == "dynamic-update-slice"
+
   # --- fusions -----------------------------------------------------------------------------------
 
   def _fusion(self, i: Instruction, operands, depth: int, fused: bool) -> Cost:
@@ -212,7 +243,7 @@ class _Sum:
     }
     collectives = inner.collectives
     if "AsyncCollectiveStart" in targets:  # goes on inside the fusions that follow
-      collectives = tuple(dataclasses.replace(c, overlaps=True) for c in collectives)
+      collectives = _overlapping(inner).collectives
     elif "AsyncCollectiveDone" in targets or self._continues(name):
       collectives = ()
     elif name.startswith("all-reduce-scatter"):
@@ -238,6 +269,12 @@ class _Sum:
       if shape.space == 0
     )  # fmt: skip
     return read + _written(inside, inside.root, i.shapes)
+
+
+def _overlapping(c: Cost) -> Cost:
+  return dataclasses.replace(
+    c, collectives=tuple(dataclasses.replace(x, overlaps=True) for x in c.collectives)
+  )
 
 
 def _scattered(c: Collective) -> Collective:

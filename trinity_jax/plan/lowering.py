@@ -106,7 +106,7 @@ def stage_on(config: Config, devices: Sequence[Any], host: Sequence[Any] = ()) -
   )  # fmt: skip
   sampler = lowered = make(rollout)
   if rollout.size == len(host) < len(devices):
-    lowered = make(sharding.make_mesh(*rollout.shape.values(), devices=host))
+    lowered = make(sharding.make_mesh(**rollout.shape, devices=host))
   dtype = jnp.dtype(config.model.param_dtype)
   params = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),

@@ -70,8 +70,6 @@ def _custom_call(i: Instruction, target: str, operands) -> tuple[float, frozense
       if i.name.startswith(prefix):
         return flops([s[0] for s in operands if s]), frozenset()
     return 0.0, frozenset({re.sub(r"\.\d+$", "", i.name)})
-  if "called_computations={%" in i.attributes:  # v5p, v6e: gathers and collectives
-    return 0.0, frozenset({"SparseCores"})
   return 0.0, frozenset()
 
 
