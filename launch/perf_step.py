@@ -98,7 +98,7 @@ class GrpoStep:
 
     from trinity_jax.experience import Experience, ExperienceId
     from trinity_jax.sampler.sampling import request_key
-    from trinity_jax.sampler.scheduler import Request
+    from trinity_jax.sampler.request import Request
 
     self.sampler.set_params(
       self.number, jax.block_until_ready(self.copy(self.trainer.state.params))

@@ -80,8 +80,10 @@ def params():
   return draw(MODEL)
 
 
-def build(params, data, fsdp, tensor, counts, prompts, spec=SPEC) -> Engine:
-  mesh = sharding.make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+def build(params, sizes, counts, prompts, spec=SPEC) -> Engine:
+  data, fsdp, tensor, context = sizes
+  devices = jax.devices()[: data * fsdp * tensor * context]
+  mesh = sharding.make_mesh(data, fsdp, tensor, devices, context=context)
   layout = sharding.param_shardings(spec.model, mesh)
   launch = LaunchOrder(mesh)
   programs = Programs(spec, mesh, layout, launch, prompt_counts=counts, prompt_lengths=prompts)
@@ -93,13 +95,13 @@ def build(params, data, fsdp, tensor, counts, prompts, spec=SPEC) -> Engine:
 @pytest.fixture(scope="session")
 def engine(params) -> Engine:
   """One device; two prefill sizes, two live lengths."""
-  return build(params, 1, 1, 1, (1, 4), (PROMPT,))
+  return build(params, (1, 1, 1, 1), (1, 4), (PROMPT,))
 
 
 @pytest.fixture(scope="session")
 def meshed(params):
-  """(data, fsdp, tensor) -> Engine on 8 devices."""
-  return lambda sizes: build(params, *sizes, (2,), (PROMPT,))
+  """(data, fsdp, tensor, context) -> Engine on 8 devices."""
+  return lambda sizes: build(params, sizes, (2,), (PROMPT,))
 
 
 class Jitted:

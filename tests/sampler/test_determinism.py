@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity_jax.monitor.compiles import CompileCounter
+from trinity_jax.sampler.request import Request
 from trinity_jax.sampler.sampling import request_key
-from trinity_jax.sampler.scheduler import Request, Sampler
+from trinity_jax.sampler.scheduler import Sampler
 
 # --- determinism --------------------------------------------------------------------------------
 

@@ -221,6 +221,8 @@ def test_slots_and_heads_must_divide_over_the_mesh(tools):
   mesh = sharding.make_mesh(8, 1, 1)
   with pytest.raises(ValueError, match=r"config\.sampler\.slots = 12: .* 8 devices .* use 16"):
     state_shardings(tools.spec._replace(slots=12), mesh)
+  with pytest.raises(ValueError, match=r"slots = 12: must be a multiple of the 8 devices"):
+    state_shardings(tools.spec._replace(slots=12), sharding.make_mesh(1, 2, 1, context=4))
   with pytest.raises(ValueError, match=r"config\.mesh\.tensor = 8: .* 2 kv heads"):
     state_shardings(tools.spec, sharding.make_mesh(1, 1, 8))
 

@@ -118,10 +118,13 @@ def test_another_split_of_the_prefill(tools, engine, sampled, together, split):
   compare(tools, sampled, play(tools, engine, sampled[0], together=together, split=split))
 
 
-SLOW = [pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (4, 1, 2), (1, 4, 2)]]
+SLOW = [
+  pytest.param(sizes, marks=pytest.mark.slow)
+  for sizes in [(8, 1, 1, 1), (4, 1, 2, 1), (1, 4, 2, 1), (2, 2, 1, 2)]
+]
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), *SLOW], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), *SLOW], ids=str)
 def test_eight_devices_give_the_tokens_of_one(tools, params, meshed, sampled, sizes):
   other = meshed(sizes)
   compare(tools, sampled, play(tools, other, sampled[0], together=8, split=(3,)))

@@ -12,8 +12,9 @@ import pytest
 
 from trinity_jax.errors import RunFailed
 from trinity_jax.experience import StopReason
+from trinity_jax.sampler.desk import Overloaded
 from trinity_jax.sampler.request import join
-from trinity_jax.sampler.scheduler import Overloaded, Sampler
+from trinity_jax.sampler.scheduler import Sampler
 
 
 def soon(condition) -> None:

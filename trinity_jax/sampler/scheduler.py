@@ -7,38 +7,27 @@ bit of every result, is a function of the requests alone.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
 
 from trinity_jax.errors import RunFailed, UserError, suggestion
 from trinity_jax.experience import StopReason
 from trinity_jax.sampler import scoring
+from trinity_jax.sampler.desk import Desk
 from trinity_jax.sampler.driver import Driver
-from trinity_jax.sampler.engine import EngineSpec
 from trinity_jax.sampler.programs import Programs
-from trinity_jax.sampler.request import Completion, Request, check, join
+from trinity_jax.sampler.request import Completion, check, join
 from trinity_jax.sampler.roofline import Rates
 from trinity_jax.sampler.slots import NEVER, Open, Stage
 
 SWAPS = ("keep", "recompute", "drain")
 
 
-class Overloaded(RunFailed):
-  """The queue is full: nothing was accepted; try again later."""
-
-
-class Sampler:
-  """The scheduler thread and its engine.
-
-  `error`, once set, is the exception that killed the thread. Every request still open fails with
-  RunFailed from it, and so does every later `submit` and `set_params`.
+class Sampler(Desk):
+  """The scheduler thread and its engine; desk.py has what its callers ask.
 
   Args:
     programs: compiled programs of the engine.
@@ -76,28 +65,15 @@ class Sampler:
         f"max_waiting = {max_waiting}: deterministic admission needs every request of a batch in "
         "the queue; use 0, or deterministic=False"
       )
+    super().__init__(programs, max_waiting)
     self._driver = Driver(programs, steps_per_dispatch, refill_fraction, span, rates)
-    self._programs = programs
-    self._deterministic, self._on_swap, self._max_waiting = deterministic, on_swap, max_waiting
-    self._changed = threading.Condition()
-    self._accepted: dict[Future, Open] = {}  # all that have not ended, wherever they are
-    self._waiting: list[Open] = []
-    self._handed: dict[Future, Open] = {}  # went to another sampler
-    self._scores: list[scoring.Asked] = []  # wait for log-probs
+    self._deterministic, self._on_swap = deterministic, on_swap
     self._scored: list[scoring.Asked] = []  # of the dispatch under way
-    self._busy = 0
     self._next_params: tuple[int, Any] | None = None
     self._paused = self._idle = False
-    self._stopping = self._draining = self._ended = False
     self.version = -1
-    self.error: BaseException | None = None
     self._linger_until = 0.0
     self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
-
-  @property
-  def spec(self) -> EngineSpec:
-    """What its programs were compiled for."""
-    return self._programs.spec
 
   # --- life (any thread) -------------------------------------------------------------------------
 
@@ -191,135 +167,6 @@ class Sampler:
     """The sampler that serves runs of this order: this one."""
     return self
 
-  # --- requests (any thread) ---------------------------------------------------------------------
-
-  @contextlib.contextmanager
-  def participant(self) -> Iterator[None]:
-    """A run that may send requests: holds deterministic admission back while it is busy."""
-    self.enter()
-    try:
-      yield
-    finally:
-      self.leave()
-
-  def enter(self) -> None:
-    with self._changed:
-      self._busy += 1
-
-  def leave(self) -> None:
-    with self._changed:
-      self._busy -= 1
-      self._changed.notify_all()
-
-  def submit(
-    self,
-    request: Request,
-    so_far: Completion | None = None,
-    sink: Callable[[Completion], None] | None = None,
-  ) -> Future:
-    """Queues a request of a participant; the future gives a Completion.
-
-    Args:
-      so_far: what an earlier sampler had sampled of it; continued from there.
-      sink: called from the sampler's thread with each new stretch of tokens (StopReason.RUNNING);
-        must neither block nor raise.
-
-    Raises:
-      UserError: longer than the engine was compiled for; so_far that has ended.
-      Overloaded: max_waiting requests wait already.
-      RunFailed: the sampler has died or was closed; so does the future, when that comes later.
-    """
-    return self._accept(request, so_far, sink, self._max_waiting)
-
-  def _accept(self, request: Request, so_far=None, sink=None, most: int = 0) -> Future:
-    """most: requests that may wait already, 0 for any number."""
-    check(request, self._programs.spec, so_far)
-    future: Future = Future()
-    future.set_running_or_notify_cancel()
-    open_ = Open(request, future, self, [so_far] if so_far else [], sink, keeper=self)
-    with self._changed:
-      self._refuse_if_closed()
-      if most and len(self._waiting) >= most:
-        raise Overloaded(
-          f"{len(self._waiting)} requests wait for a slot (max_waiting); try again later"
-        )
-      self._accepted[future] = open_
-      self._waiting.append(open_)
-      self._busy -= 1
-      self._changed.notify_all()
-    return future
-
-  async def generate(self, request: Request) -> Completion:
-    """`submit` for coroutines, who wait however many others do; cancelling it frees the slot."""
-    future = self._accept(request)
-    try:
-      return await asyncio.wrap_future(future)
-    except asyncio.CancelledError:
-      self.abort(future)
-      raise
-
-  async def stream(self, request: Request) -> AsyncIterator[Completion]:
-    """Yields each new stretch of tokens as it is sampled; the last has the stop reason."""
-    loop, chunks = asyncio.get_running_loop(), asyncio.Queue()
-
-    def sink(chunk: Completion) -> None:
-      with contextlib.suppress(RuntimeError):  # the loop has closed: nobody listens any more
-        loop.call_soon_threadsafe(chunks.put_nowait, chunk)
-
-    future = self._accept(request, sink=sink)
-    future.add_done_callback(lambda _: sink(join([], StopReason.RUNNING)))
-    sent = 0
-    try:
-      while not (future.done() and chunks.empty()):
-        chunk = await chunks.get()
-        if len(chunk.tokens):
-          sent += len(chunk.tokens)
-          yield chunk
-      whole = future.result()
-      yield whole.after(sent)
-    finally:
-      self.abort(future)
-
-  async def logprobs(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-    """See Member.logprobs."""
-    with self.participant():  # who waits for it may ask for samples next
-      return await asyncio.wrap_future(self.score(tokens, temperature))
-
-  def score(self, tokens: Sequence[int] | np.ndarray, temperature: float = 1.0) -> Future:
-    """Queues `logprobs`: scored between two dispatches, also while admission waits for a run."""
-    if not self._programs.scores:
-      raise UserError("log-probs of given tokens need config.sampler.scores = True")
-    asked = scoring.ask(tokens, temperature, self._programs.spec)
-    with self._changed:
-      self._refuse_if_closed()
-      self._scores.append(asked)
-      self._changed.notify_all()
-    return asked.future
-
-  def abort(self, future: Future) -> None:
-    """Gives a request up: it ends at the next dispatch boundary with what it has (ABORTED).
-
-    Its run is busy again from this moment, as after a result.
-    """
-    with self._changed:
-      open_ = self._accepted.get(future) or self._handed.get(future)
-      if open_ is None or open_.given_up or future.done():
-        return
-      open_.given_up = True
-      if open_.home is self:
-        self._busy += 1
-      self._changed.notify_all()
-    # One lock at a time: two samplers may give up requests of each other.
-    if open_.home is not self:
-      open_.home.enter()
-    if open_.keeper is not self:
-      open_.keeper.wake()
-
-  def wake(self) -> None:
-    """Makes the thread look again for something to do."""
-    with self._changed:
-      self._changed.notify_all()
-
   def describe(self) -> str:
     """Who is where, for the message of a wait that expired."""
     with self._changed:
@@ -361,18 +208,6 @@ class Sampler:
     except BaseException as e:  # reported through every future and `error`
       self.error = e
     self._end()
-
-  def _failure(self) -> RunFailed:
-    """A new exception for each who waits: they are raised in several tasks."""
-    if self.error is None:
-      return RunFailed("the sampler was closed")
-    failure = RunFailed(f"the sampler thread has died: {type(self.error).__name__}: {self.error}")
-    failure.__cause__ = self.error
-    return failure
-
-  def _refuse_if_closed(self) -> None:
-    if self._ended or self._draining or self._stopping:
-      raise self._failure()
 
   def _end(self) -> None:
     """Fails the requests still open, and from now on every new one."""
