@@ -97,8 +97,8 @@ class GrpoStep:
     import numpy as np
 
     from trinity_jax.experience import Experience, ExperienceId
-    from trinity_jax.sampler.sampling import request_key
     from trinity_jax.sampler.request import Request
+    from trinity_jax.sampler.sampling import request_key
 
     self.sampler.set_params(
       self.number, jax.block_until_ready(self.copy(self.trainer.state.params))
