@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -147,8 +148,13 @@ def recipe(tmp_path_factory):
   return launching.write_recipe(folder / "recipe.py", model)
 
 
-def start(recipe, workdir, count, *flags, host="127.0.0.1", within=lambda index: ()):
-  """Starts the processes of a run; their output goes to WORKDIR.INDEX.log.
+GRADED = "--config.taskset.reward=graded:by_length"
+
+
+def start(
+  recipe, workdir, count, *flags, host="127.0.0.1", within=lambda index: (), reward=(GRADED,)
+):
+  """Starts the processes of a run on four devices; their output goes to WORKDIR.INDEX.log.
 
   within(index): the command that a process is started by, where it lives elsewhere.
   """
@@ -161,7 +167,7 @@ def start(recipe, workdir, count, *flags, host="127.0.0.1", within=lambda index:
     command = [
       *within(i), sys.executable, "launch/main.py", f"--config={recipe}", f"--workdir={workdir}",
       f"--distributed={place}", f"--config.mesh.cpu_devices={4 // count}",
-      "--config.taskset.reward=graded:by_length", *flags,
+      *reward, *flags,
     ]  # fmt: skip
     env = launching.environment(PYTHONPATH=str(ROOT / "tests/support"))
     with log(workdir, i).open("ab") as file:
@@ -235,8 +241,7 @@ def test_an_explorer_outside(recipe, one, tmp_path):
   trainers = start(recipe, workdir, 2, "--mode=train", "--config.mesh.fsdp=4", *flags)
   command = [
     sys.executable, "launch/main.py", f"--config={recipe}", f"--workdir={workdir}",
-    "--mode=explore", "--config.mesh.cpu_devices=4", "--config.taskset.reward=graded:by_length",
-    *flags,
+    "--mode=explore", "--config.mesh.cpu_devices=4", GRADED, *flags,
   ]  # fmt: skip
   env = launching.environment(PYTHONPATH=str(ROOT / "tests/support"))
   with log(workdir, "explorer").open("ab") as file:
@@ -334,9 +339,9 @@ def hosts():
       subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def between(recipe, workdir, hosts, *flags):
+def between(recipe, workdir, hosts, *flags, **given):
   within = lambda index: ("ip", "netns", "exec", hosts[index])
-  return start(recipe, workdir, 2, *flags, host="10.77.0.1", within=within)
+  return start(recipe, workdir, 2, *flags, host="10.77.0.1", within=within, **given)
 
 
 @pytest.mark.nightly
@@ -346,6 +351,40 @@ def test_two_hosts_train_as_one_does(recipe, one, tmp_path, hosts):
   assert ends(between(recipe, workdir, hosts, *flags), workdir) == [0, 0]
   rows = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
   same(one, (rows, load_file(workdir / "hf/model.safetensors")))
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("quickstart") / "one"
+  return learned(start("configs/quickstart.py", workdir, 1, reward=()), workdir)
+
+
+def learned(processes, workdir):
+  """The first steps' losses and the last accuracy of each stage."""
+  assert ends(processes, workdir, 3000) == [0] * len(processes), log(workdir, 0).read_text()[-2000:]
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert summary["compiles_after_warmup"] == 0
+  losses = [r["loss"] for r in read_jsonl(workdir / "sft/metrics.jsonl") if "loss" in r]
+  return losses[:20], summary["accuracy_after_sft"], summary["accuracy_final"]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("where", ["two processes", "four processes", "two hosts"])
+def test_the_quickstart_learns_the_same(quickstart, tmp_path, where, request):
+  """800 and 25 steps amplify the last bits, by which sums over processes differ, into other
+  weights; what is learned is the same."""
+  if where == "two hosts":
+    hosts = request.getfixturevalue("hosts")
+    processes = between("configs/quickstart.py", tmp_path / "run", hosts, reward=())
+  else:
+    count = 2 if where == "two processes" else 4
+    processes = start("configs/quickstart.py", tmp_path / "run", count, reward=())
+  losses, after_sft, final = learned(processes, tmp_path / "run")
+  print(where, after_sft, final, "one process:", *quickstart[1:])
+  np.testing.assert_allclose(losses, quickstart[0], rtol=1e-4)
+  assert after_sft == pytest.approx(quickstart[1], abs=0.05)
+  assert final == pytest.approx(quickstart[2], abs=0.03) and final >= 0.95
 
 
 @pytest.mark.nightly
