@@ -98,7 +98,7 @@ def test_recipes_start_with_their_command():
 def test_numbers_of_the_large_recipe(gsm8k, qwen):
   text = check_lib.check(config_of("gsm8k_grpo", *gsm8k, qwen))
   assert "qwen2, 1,543,714,304 parameters, 28 layers" in text
-  assert "8 cpu, mesh {'data': 1, 'fsdp': 8, 'tensor': 1}" in text
+  assert "8 cpu, mesh {'data': 1, 'fsdp': 8, 'context': 1, 'tensor': 1}" in text
   assert "200, 96 a step, 37.44 epochs" in text
   assert "78 of 768 experiences, saved every 20" in text
   assert "parameters 772 MB, optimizer 1.54 GB" in text  # 1.54e9 x 4 bytes / 8 devices
@@ -196,7 +196,7 @@ def test_check_through_the_launcher_runs_nothing(tmp_path, capsys, monkeypatch):
     (["--config.model.tiny={'layers': 0}"], "config.model.tiny = {'layers': 0}: layers = 0, exp"),
     (["--config.model.tiny={'heads': 3}"], "heads = 3, expected a multiple of kv_heads = 2"),
     (["--config.model.path=/none"], "config.model.path = '/none': no such folder"),
-    ([TINY, "--config.mesh.tensor=3"], "mesh data=-1, fsdp=1, tensor=3 does not fit 8 device(s)"),
+    ([TINY, "--config.mesh.tensor=3"], "context=1, tensor=3 does not fit 8 device(s)"),
     ([TINY, "--config.mesh.tensor=4"], "num_kv_heads = 2 does not divide over mesh axis tensor"),
     ([TINY, "--config.trainer.rows_per_micro=3"], "must be a multiple of the 8 devices"),
     ([TINY, "--config.sampler.slots=3"], "config.sampler.slots = 3: must be a multiple of the 8"),

@@ -14,9 +14,9 @@ from trinity_jax.control import shuffled_rewards
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, ExperienceId, StopReason
 from trinity_jax.monitor.metrics import undocumented
+from trinity_jax.monitor.progress import samples
 from trinity_jax.monitor.writers import read_jsonl
 from trinity_jax.run import run
-from trinity_jax.stage import samples
 from trinity_jax.stage_result import StageResult, read_stage_result, write_stage_result
 
 SUMS = "trinity_jax.tasks.arithmetic:generate"
@@ -162,6 +162,22 @@ def test_rows_must_divide_over_devices(finished):
   check_rows(small_config(trainer__rows_per_micro=16), mesh)
   with pytest.raises(UserError, match=r"rows_per_micro = 12: .* 8 devices .*; use 16"):
     check_rows(small_config(trainer__rows_per_micro=12), mesh)
+
+
+def test_rows_must_divide_over_the_context_axis():
+  from trinity_jax.algorithms.algorithm import make
+  from trinity_jax.models.sharding import make_mesh
+  from trinity_jax.trainer.packing import pack_spec
+
+  mesh = make_mesh(2, context=4)
+  c = small_config(trainer__rows_per_micro=2, trainer__row_lengths=(64, 98))
+  with pytest.raises(UserError, match=r"row_lengths: 98 .* mesh\.context = 4.*; use 100"):
+    check_rows(c, mesh)
+  check_rows(small_config(trainer__rows_per_micro=2, trainer__row_lengths=(64, 100)), mesh)
+  c = small_config(mesh__context=64, trainer__row_lengths=())
+  (length,) = pack_spec(c, make("grpo")).row_lengths
+  longest = c.sampler.max_prompt_length + c.sampler.max_response_length
+  assert length % 64 == 0 and 0 <= length - longest < 64
 
 
 def test_a_group_cannot_need_more_runs_than_it_has():

@@ -135,7 +135,7 @@ def test_missing_model(run, tmp_path):
 
 def test_mesh_that_does_not_divide(run):
   line = run("--config.mesh.tensor=3")
-  assert "mesh data=-1, fsdp=1, tensor=3 does not fit 8 device(s)" in line
+  assert "mesh data=-1, fsdp=1, context=1, tensor=3 does not fit 8 device(s)" in line
   assert "choose sizes that divide 8" in line
 
 

@@ -12,7 +12,11 @@ from trinity_jax.schedule import make_schedule
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
-  """Rows of a micro-batch are split over data x fsdp."""
+  """Rows of a micro-batch are split over data x fsdp, their tokens over context.
+
+  Raises:
+    UserError: a number that does not divide.
+  """
   over = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = config.trainer.rows_per_micro
   if rows % over:
@@ -20,6 +24,13 @@ def check_rows(config: Config, mesh: Mesh) -> None:
       f"config.trainer.rows_per_micro = {rows}: must be a multiple of the {over} devices of "
       f"mesh.data x mesh.fsdp; use {-(-rows // over) * over}"
     )
+  parts = mesh.shape["context"]
+  for length in config.trainer.row_lengths:
+    if length % parts:
+      raise UserError(
+        f"config.trainer.row_lengths: {length} must be a multiple of mesh.context = {parts}, over "
+        f"which the tokens of a row are split; use {-(-length // parts) * parts}"
+      )
 
 
 def check_lag(config: Config, algorithm: Algorithm) -> None:

@@ -49,6 +49,10 @@ class ModelConfig:
 class MeshConfig:
   data: int = key(-1, "Devices over which rows are split; -1 means all that remain.", low=-1)
   fsdp: int = key(1, "Devices over which rows and parameters are split.", low=-1)
+  context: int = key(
+    1, "Devices over which the tokens of a row are split (in the sampler: slots); for long rows.",
+    low=1,
+  )  # fmt: skip
   tensor: int = key(1, "Devices over which heads, mlp and vocabulary are split.", low=-1)
   cpu_devices: int = key(
     0,

@@ -24,6 +24,9 @@ try:
     reference as _attention_reference,
   )
   from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
+    shards as _shards,
+  )
+  from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
     splash_tpu as _attention_splash,
   )
   from trinity_jax.kernels.attention import (  # pyright: ignore[reportMissingImports]
@@ -82,46 +85,56 @@ def _pick(op: str, table: Mapping[str, Callable[..., Any]], name: str | None, de
 def linear(x: jax.Array, w: jax.Array, *, out_dtype: Any = None) -> jax.Array:
   """x [..., D] @ w [D, F] -> [..., F] in `out_dtype` (None = x's); accumulates in fp32 or wider.
 
-  Leading axes are folded, so that the product is one large 2-D matmul. x and w share a dtype, and
-  so do their gradients. Reverse-mode only.
+  Leading axes are folded, so that the product is one large 2-D matmul; not where the mesh in
+  context splits rows and the places in them, which only one of them would survive. x and w share a
+  dtype, and so do their gradients. Reverse-mode only.
   """
-  out = _product(x.reshape(-1, x.shape[-1]), w)
+  out = _product(x if _splits_places() else x.reshape(-1, x.shape[-1]), w)
   return out.astype(out_dtype or x.dtype).reshape(*x.shape[:-1], w.shape[-1])
 
 
 @jax.custom_vjp
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x [N, D] @ w [D, F] -> [N, F] in fp32 or wider."""
-  return _contract(x, w, 1, 0)
+  """x [..., D] @ w [D, F] -> [..., F] in fp32 or wider."""
+  return _contract(x, w, (x.ndim - 1,), (0,))
 
 
 def _product_backward(saved, g):
   x, w = saved
   # As autodiff would multiply 16-bit operands: in their dtype, accumulating wider.
   g = g.astype(x.dtype)
-  dw = jax.lax.platform_dependent(x, g, cpu=_weight_gradient_cpu, default=_weight_gradient)
-  return _contract(g, w, 1, 1).astype(x.dtype), dw.astype(w.dtype)
+  on_cpu = _weight_gradient_cpu if x.ndim == 2 else _weight_gradient
+  dw = jax.lax.platform_dependent(x, g, cpu=on_cpu, default=_weight_gradient)
+  return _contract(g, w, (g.ndim - 1,), (1,)).astype(x.dtype), dw.astype(w.dtype)
 
 
 _product.defvjp(lambda x, w: (_product(x, w), (x, w)), _product_backward)
 
 
 def _weight_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
-  """[N, D], [N, F] -> [D, F]."""
-  return _contract(x, g, 0, 0)
+  """[..., D], [..., F] -> [D, F]."""
+  axes = tuple(range(x.ndim - 1))
+  return _contract(x, g, axes, axes)
 
 
 def _weight_gradient_cpu(x: jax.Array, g: jax.Array) -> jax.Array:
   # XLA:CPU multiplies by a transposed left side at 60 to 80 % of the rate of a plain product. The
   # barriers make it transpose x itself, once, and not inline there what x was computed from.
   x, g = jax.lax.optimization_barrier((x, g))
-  return _contract(jax.lax.optimization_barrier(x.T), g, 1, 0)
+  return _contract(jax.lax.optimization_barrier(x.T), g, (1,), (0,))
 
 
-def _contract(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+def _contract(
+  a: jax.Array, b: jax.Array, axes_a: tuple[int, ...], axes_b: tuple[int, ...]
+) -> jax.Array:
   wide = jnp.promote_types(a.dtype, jnp.float32)
-  dimensions = (((axis_a,), (axis_b,)), ((), ()))
+  dimensions = ((axes_a, axes_b), ((), ()))
   return jax.lax.dot_general(a, b, dimensions, preferred_element_type=wide)
+
+
+def _splits_places() -> bool:
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.shape.get(_shards.PLACE_AXIS, 1) > 1
 
 
 def attention(
@@ -138,9 +151,9 @@ def attention(
 
   With a window, a key is seen while 0 <= its age in positions < window. Implementations:
 
-  "splash": the default on TPU where the shapes allow (row length a multiple of 128, head dim a
-    multiple of 8 up to 256; bfloat16 or float32), split over the mesh in context. Goes by places in
-    the row: a segment's tokens must be consecutive, with positions that count up by one.
+  "splash": the default on TPU where the shapes allow (row length a multiple of 128 on each device,
+    head dim one of 8 up to 256; bfloat16 or float32), split over the mesh in context. Goes by
+    places in the row: a segment's tokens must be consecutive, with positions that count up by one.
   "cudnn": GPU, by name only; row length even, head dim as above; bfloat16 or float16.
   "xla": the default elsewhere. "reference".
 
@@ -209,8 +222,8 @@ def linear_logprob(
 
   Each [T], float32 or wider. Rows where `mask` is False are not read, give 0 and get no gradient.
   Differentiable in hidden and weight. Under a mesh in context (jax.set_mesh) rows are split over
-  data and fsdp, the vocabulary over tensor. [T, V] is held only where it is small. Implementations:
-  "pallas_tpu" (the default on TPU), "xla" (the default elsewhere), "reference".
+  data, fsdp and context, the vocabulary over tensor. [T, V] is held only where it is small.
+  Implementations: "pallas_tpu" (the default on TPU), "xla" (the default elsewhere), "reference".
 
   Raises:
     UserError: the named implementation does not exist.

@@ -45,7 +45,7 @@ def attention(
   segment_ids: jax.Array,  # i32[B, T]
   window: int | None = None,
 ) -> jax.Array:  # [B, T, H, A]
-  """See reference.attention. On a mesh in context, rows and heads are split as splash_tpu's are.
+  """See reference.attention. On a mesh in context it is split as splash_tpu's is.
 
   Raises:
     CannotRun: operands that `unsupported` names, or no cuDNN on this machine: jax asks for its
@@ -55,15 +55,16 @@ def attention(
   if reason:
     raise CannotRun(f"attention: implementation 'cudnn' cannot run: {reason}")
 
-  def rows(q, k, v, positions, segment_ids):
-    age = positions[:, :, None] - positions[:, None, :]
-    seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (age >= 0)
+  def rows(q, k, v, at_queries, at_keys):
+    (positions, segments), (key_positions, key_segments) = at_queries, at_keys
+    age = positions[:, :, None] - key_positions[:, None, :]
+    seen = (segments[:, :, None] == key_segments[:, None, :]) & (age >= 0)
     if window is not None:
       seen &= age < window
     return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation="cudnn")
 
   try:
-    return shards_of(q.shape, k.shape).map(rows)(q, k, v, positions, segment_ids)
+    return shards_of(q.shape, k.shape).run(rows, q, k, v, (positions, segment_ids))
   except RuntimeError as error:
     if "cudnn" not in str(error).lower():
       raise

@@ -1,8 +1,8 @@
 """How the operator is split over the mesh in context, and how its parts are put together again.
 
-Rows go over the axes data and fsdp, the vocabulary over tensor; the weight is gathered over fsdp, a
-large one in slices (see columns.py). A vocabulary that does not divide over tensor is left whole,
-and the rows are split over tensor too.
+Rows go over the axes data, fsdp and context, the vocabulary over tensor; the weight is gathered
+over fsdp, a large one in slices (see columns.py). A vocabulary that does not divide over tensor is
+left whole, and the rows are split over tensor too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-ROW_AXES, VOCABULARY_AXIS = ("data", "fsdp"), "tensor"
+ROW_AXES, VOCABULARY_AXIS = ("data", "fsdp", "context"), "tensor"
 
 
 class Layout(NamedTuple):

@@ -10,27 +10,34 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trinity_jax import ops
+from trinity_jax.models.sharding import MESH_AXES
+from trinity_jax.plan import costs
 
 pytestmark = pytest.mark.aot
 T, A = 8192, 128
-AXES = ("data", "fsdp", "tensor")
 
 
 @pytest.mark.parametrize("target", aot.TPUS)
 @pytest.mark.parametrize(
   ("sizes", "heads", "window"),
-  [((1, 1, 1), (32, 8), None), ((1, 1, 1), (32, 8), 4096), ((1, 2, 2), (32, 8), None)],
+  [
+    ((1, 1, 1, 1), (32, 8), None), ((1, 1, 1, 1), (32, 8), 4096), ((1, 2, 1, 2), (32, 8), None),
+    ((1, 1, 2, 2), (32, 8), None), ((1, 1, 4, 1), (32, 8), 4096),
+  ],
   ids=str,
 )
 def test_memory_is_not_quadratic(target, sizes, heads, window):
-  """The default: forward and backward hold far less than one [H, T, T] of scores."""
+  """The default: forward and backward hold far less than one [H, T, T] of scores.
+
+  Where places are split, a device gathers the keys and values of its rows, and nothing else.
+  """
   found = np.array(aot.devices(target)[: np.prod(sizes)]).reshape(sizes)
-  mesh = Mesh(found, AXES, axis_types=(AxisType.Auto,) * 3)
-  row = PartitionSpec(("data", "fsdp"))
+  mesh = Mesh(found, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+  row = PartitionSpec(("data", "fsdp"), "context")
   place = lambda spec: NamedSharding(mesh, spec)
 
   def shape(n):
-    spec = PartitionSpec(row[0], None, "tensor")
+    spec = PartitionSpec(*row, "tensor")
     return jax.ShapeDtypeStruct((2, T, n, A), jnp.bfloat16, sharding=place(spec))
 
   def loss(q, k, v, positions, segment_ids):
@@ -43,12 +50,18 @@ def test_memory_is_not_quadratic(target, sizes, heads, window):
   with jax.set_mesh(mesh):
     lowered = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*args)
   assert lowered.as_text().count("tpu_custom_call") == 3
-  used = lowered.compile().memory_analysis().temp_size_in_bytes
+  compiled = lowered.compile()
+  used = compiled.memory_analysis().temp_size_in_bytes
   operands = 4 * 2 * T * A * (H + K) // np.prod(sizes)  # q, k, v, output: bfloat16, two rows
   print(f"{target} {sizes} {window}: {used / 2**20:.0f} MiB, operands {operands / 2**20:.0f} MiB")
   # logsumexp comes in 128 lanes of float32, which is twice a [T, A] in bfloat16.
   assert used < 8 * operands
   assert used < 0.1 * 2 * H * T * T * 4 / np.prod(sizes)
+  moved = costs.cost(compiled.as_text()).collectives
+  assert {x.kind for x in moved} <= {"all-gather", "reduce-scatter"}
+  keys = 2 * T * K * A // (sizes[1] * sizes[3])  # of the rows and heads of a device
+  gathered = [x.largest for x in moved if x.kind == "all-gather"]
+  assert max(gathered, default=0) == (keys if sizes[2] > 1 else 0)
 
 
 @pytest.mark.parametrize("target", aot.TPUS)

@@ -12,6 +12,7 @@ import pytest
 from trinity_jax import ops
 from trinity_jax.errors import UserError
 from trinity_jax.kernels.attention import cudnn, shards, splash_tpu
+from trinity_jax.models.sharding import MESH_AXES, make_mesh
 
 _QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time, which is the test's
 
@@ -102,10 +103,13 @@ def _value_and_gradient(attention, inputs, **how):
 
 @pytest.mark.parametrize(
   ("length", "heads", "window", "mesh"),
-  [(256, (4, 2), None, None), (128, (2, 1), 5, None), (128, (4, 2), 1000, (2, 2, 2))],
-)
+  [
+    (256, (4, 2), None, None), (128, (2, 1), 5, None), (128, (4, 2), 1000, (2, 2, 1, 2)),
+    (256, (4, 2), None, (2, 1, 2, 2)), (256, (4, 2), 100, (1, 1, 2, 2)),
+  ],
+)  # fmt: skip
 def test_splash_equals_the_reference(length, heads, window, mesh):
-  """Interpreted, on one device and on a mesh with rows and heads split."""
+  """Interpreted, on one device and on meshes with rows, places and heads split."""
   how = dict(window=window)
   interpreted = jax.jit(
     functools.partial(_value_and_gradient, splash_tpu.attention, interpret=True, **how)
@@ -114,8 +118,8 @@ def test_splash_equals_the_reference(length, heads, window, mesh):
     functools.partial(_value_and_gradient, ops.attention, implementation="reference", **how)
   )
   if mesh is not None:
-    names = ("data", "fsdp", "tensor")
-    mesh = jax.make_mesh(mesh, names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    data, fsdp, context, tensor = mesh
+    mesh = make_mesh(data, fsdp, tensor, jax.devices()[: int(np.prod(mesh))], context=context)
   for seed in range(3 if mesh is None else 1):
     inputs = _inputs(seed, 4, length, *heads, 16)
     want, _, want_grads = reference(inputs)
@@ -124,7 +128,8 @@ def test_splash_equals_the_reference(length, heads, window, mesh):
     else:
       with jax.set_mesh(mesh):
         found = shards.shards_of(inputs[0].shape, inputs[1].shape)
-        assert (found.rows, found.heads) == (("data", "fsdp"), "tensor")
+        assert found.parts == context and found.heads == "tensor"
+        assert len(found.rows) == (data > 1) + (fsdp > 1)
         out, finite, grads = interpreted(inputs)
     assert finite
     np.testing.assert_allclose(out, want, atol=2e-6)
@@ -133,16 +138,19 @@ def test_splash_equals_the_reference(length, heads, window, mesh):
 
 
 def test_axes_that_do_not_divide_do_not_split():
-  names = ("data", "fsdp", "tensor")
-  mesh = jax.make_mesh((2, 2, 2), names, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(make_mesh(2, 2, 2)):
     for rows, heads, want in (
       (4, (4, 2), (("data", "fsdp"), "tensor")), (2, (4, 2), (("data",), "tensor")),
       (3, (4, 1), ((), None)),
     ):  # fmt: skip
       found = shards.shards_of((rows, 8, heads[0], 8), (rows, 8, heads[1], 8))
-      assert (found.rows, found.heads) == want
-      assert found.names == set(names)  # a kernel takes them all
+      assert (found.rows, found.heads, found.parts) == (*want, 1)
+      assert found.names == set(MESH_AXES)  # a kernel takes them all
+  with jax.set_mesh(make_mesh(2, context=4)):
+    of = lambda length: shards.shards_of((2, length, 2, 8), (2, length, 1, 8))
+    assert [of(length).parts for length in (8, 12, 10)] == [4, 4, 1]
+    q = jax.ShapeDtypeStruct((2, 256, 2, 8), jnp.float32)
+    assert "row length is 256, expected a multiple of 512" in (splash_tpu.unsupported(q, q) or "")
   assert shards.shards_of((4, 8, 4, 8), (4, 8, 2, 8)).mesh is None
 
 

@@ -94,16 +94,19 @@ def test_weights_are_split_as_the_rules_say():
 
 
 def test_mesh_takes_the_rest():
-  assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  sizes = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+  assert dict(sharding.make_mesh(-1, 2, 2).shape) == sizes
+  sizes = {"data": 2, "fsdp": 1, "context": 4, "tensor": 1}
+  assert dict(sharding.make_mesh(context=4).shape) == sizes
   one = sharding.make_mesh(devices=jax.devices()[:1])
-  assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+  assert dict(one.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [
-    ((3, 1, 1), "mesh data=3, fsdp=1, tensor=1 does not fit 8"),
-    ((-1, 3, 1), "mesh data=-1, fsdp=3, tensor=1 does not fit 8"),
+    ((3, 1, 1), "mesh data=3, fsdp=1, context=1, tensor=1 does not fit 8"),
+    ((-1, 3, 1), "mesh data=-1, fsdp=3, context=1, tensor=1 does not fit 8"),
     ((-1, -1, 1), "at most one may be -1"),
     ((8, 0, 1), "sizes must be positive"),
   ],

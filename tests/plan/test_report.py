@@ -122,7 +122,7 @@ def test_remote_samplers_need_nothing_here():
 def test_text_of_a_plan(made):
   text = report.render(made())
   assert "four: 4 x 1 TFLOP/s, 0.05 GB at 10 GB/s, links 1 GB/s (a data sheet)" in text
-  assert "data 1, fsdp 2, tensor 2" in text
+  assert "data 1, fsdp 2, context 1, tensor 2" in text
   assert "24 sequences of up to 32 tokens: 3 micro-batches of 4 x 64, 192 tokens a device" in text
   assert "sends in GB: all-gather 0.003, all-reduce 0.002; the largest all-gather has 1,000" in text
   assert "fits" in text and "does NOT fit" not in text and "change" not in text

@@ -68,8 +68,9 @@ def pack_with_reference(experiences, spec):
 
 
 @functools.cache
-def mesh_of(data, fsdp, tensor):
-  return sharding.make_mesh(data, fsdp, tensor, jax.devices()[: data * fsdp * tensor])
+def mesh_of(data, fsdp, tensor, context=1):
+  devices = jax.devices()[: data * fsdp * tensor * context]
+  return sharding.make_mesh(data, fsdp, tensor, devices, context=context)
 
 
 @functools.cache
@@ -125,7 +126,8 @@ def whole_step(experiences, spec, *, name="grpo", aggregation="token-mean", mesh
   packed = pack_with_reference(experiences, spec)
   batch = jax.device_put(packed, train.batch_shardings(packed, mesh))
   batch, whole, _ = prepare_program(name, aggregation)(batch)
-  loss, grads, out, logprobs = grads_program(name, mesh)(params_on(mesh), batch, whole)
+  with jax.set_mesh(mesh):  # as the trainer does
+    loss, grads, out, logprobs = grads_program(name, mesh)(params_on(mesh), batch, whole)
   return SimpleNamespace(
     loss=float(loss), grads=jax.device_get(grads), stats=out, batch=jax.device_get(batch),
     whole=jax.device_get(whole), weights=np.asarray(whole["weights"]),

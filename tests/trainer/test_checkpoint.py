@@ -159,7 +159,7 @@ def test_killed_while_writing(tmp_path, make_state):
 def test_terms(tools):
   terms = terms_of_exactness(tools.mesh_of(2, 2, 2))
   assert terms == json.loads(json.dumps(terms))
-  assert terms["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert terms["mesh"] == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
   assert terms["cores"] >= 1 and terms["libraries"]["jax"] == jax.__version__
   assert changed_terms(terms, terms) == []
   other = {**terms, "cores": 99, "libraries": {**terms["libraries"], "jax": "0.1"}}

@@ -18,18 +18,24 @@ from trinity_jax.trainer import step as train
 from trinity_jax.trainer.optimizer import make_optimizer
 from trinity_jax.trainer.state import init_state
 
-# name: (row lengths, rows per micro-batch, sequences, mesh, order); the reference has 4 rows of 16
-ONE = (1, 1, 1)
+# name: (row lengths, rows per micro-batch, sequences, mesh, order); the reference has 4 rows of 16.
+# A mesh is data, fsdp, tensor and context.
+ONE = (1, 1, 1, 1)
 SPLITS = {
   "packed": ((48,), 2, 12, ONE, "as is"),
   "packed, reversed": ((48,), 2, 12, ONE, "reversed"),
   "padded": ((21,), 4, 31, ONE, "shuffled"),
-  "8 devices": ((16,), 8, 12, (8, 1, 1), "as is"),
-  "2 x 2 x 2 devices": ((48,), 4, 12, (2, 2, 2), "shuffled"),
-  "4 x 2 devices": ((16,), 16, 12, (1, 4, 2), "as is"),
+  "8 devices": ((16,), 8, 12, (8, 1, 1, 1), "as is"),
+  "2 x 2 x 2 devices": ((48,), 4, 12, (2, 2, 2, 1), "shuffled"),
+  "4 x 2 devices": ((16,), 16, 12, (1, 4, 2, 1), "as is"),
+  # Rows of 48 in two, four and eight parts: segments begin, end and lie across them.
+  "2 x 2 devices, context 2": ((48,), 4, 12, (1, 2, 2, 2), "shuffled"),
+  "2 devices, context 4": ((48,), 4, 12, (2, 1, 1, 4), "as is"),
+  "context 8": ((48,), 2, 12, (1, 1, 1, 8), "reversed"),
 }
 # The supervised loss has no term that the other lacks: fewer splits.
 SFT_SPLITS = ("2 x 2 x 2 devices",)
+SLOW = ("2 devices, context 4", "context 8")
 
 
 def per_token(batch, whole, name, logprobs, entropies):
@@ -97,7 +103,10 @@ class _Hashable:
 
 
 @pytest.mark.parametrize(
-  "name, split", [("grpo", s) for s in SPLITS] + [("sft", s) for s in SFT_SPLITS]
+  "name, split",
+  [("grpo", s) for s in SPLITS if s not in SLOW]
+  + [("sft", s) for s in SFT_SPLITS]
+  + [pytest.param("grpo", s, marks=pytest.mark.slow) for s in SLOW]
 )
 def test_splits(tools, reference, name, split):
   lengths, rows, sequences, mesh, order = SPLITS[split]
@@ -261,15 +270,18 @@ def _stepped(tools, spec, mesh, optimizer):
     max_response=tools.MAX_RESPONSE,
   )
   batch = jax.device_put(packed, train.batch_shardings(packed, mesh))
-  state, out = program(state, batch, np.int32(1))
-  return state, out
+  with jax.set_mesh(mesh):  # as the trainer does
+    return program(state, batch, np.int32(1))
 
 
-def test_parameters_after_a_step_of_sgd(tools):
+@pytest.mark.parametrize(
+  "mesh", [(2, 2, 2, 1), pytest.param((1, 2, 2, 2), marks=pytest.mark.slow)], ids=str
+)
+def test_parameters_after_a_step_of_sgd(tools, mesh):
   optimizer = optax.sgd(0.5)  # the update is the gradient, so its tolerance is too
   before = tools.base_params()
   one, metrics_one = _stepped(tools, tools.PackSpec((16,), 4, 12), ONE, optimizer)
-  many, metrics_many = _stepped(tools, tools.PackSpec((48,), 4, 12), (2, 2, 2), optimizer)
+  many, metrics_many = _stepped(tools, tools.PackSpec((48,), 4, 12), mesh, optimizer)
   change = lambda s: jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b,
                                   jax.device_get(s.params), before)  # fmt: skip
   flat = jax.tree_util.tree_leaves_with_path

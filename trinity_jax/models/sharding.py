@@ -1,7 +1,7 @@
 """Logical axes to mesh axes, as data.
 
-The mesh has axes data (replicas of the weights), fsdp (weights and batch split) and tensor (heads,
-mlp width and vocabulary split).
+The mesh has axes data (rows split, weights replicated), fsdp (rows and weights split), context (the
+places in a row split, weights replicated) and tensor (heads, mlp width and vocabulary split).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trinity_jax.errors import UserError
 from trinity_jax.models.params import ParamSpec, abstract
 from trinity_jax.models.presets import ModelConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axis, several mesh axes, or None (replicated).
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -30,22 +30,32 @@ RULES: Rules = {
   "kv_heads": "tensor",
   "mlp": "tensor",
   "norm": None,
+  # Rows and the places in them, in training; slots, in sampling, where a row is never split. Either
+  # as they lie beside weights that are split over fsdp (replicas), or split over fsdp themselves.
   "batch": ("data", "fsdp"),
   "replicas": "data",
+  "sequence": "context",
+  "slots": ("data", "context", "fsdp"),
+  "slot_replicas": ("data", "context"),
   "whole": None,
 }
 
 
 def make_mesh(
-  data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[Any] | None = None,
+  *,
+  context: int = 1,
 ) -> Mesh:
-  """Returns a mesh (data, fsdp, tensor) over all `devices`; one size may be -1, "the rest".
+  """A mesh (data, fsdp, context, tensor) over all `devices`; one size may be -1, "the rest".
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
   text = ", ".join(f"{k}={v}" for k, v in sizes.items())
   free = [name for name, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -59,7 +69,7 @@ def make_mesh(
       f" choose sizes that {'divide' if free else 'multiply to'} {len(devices)}"
     )
   return jax.make_mesh(
-    tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
   )
 
 
@@ -143,3 +153,43 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES) ->
   wanted = partition_spec(axes, rules)
   spec = PartitionSpec(*map(entry, x.shape, axes, wanted))
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def fold(x: jax.Array) -> jax.Array:
+  """x [B, T, ...] -> [B * T, ...] in one order for all x of a shape; `unfold` is the inverse.
+
+  Row after row; but where the mesh in context splits rows and places, device after device, so that
+  nothing travels.
+  """
+  specs = _folding(x.shape)
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  return _on_devices(flat, *specs)(x) if specs else flat(x)
+
+
+def unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """[B * T, ...] of `fold` -> [B, T, ...]."""
+  specs = _folding(shape)
+  if not specs:
+    return x.reshape(*shape, *x.shape[1:])
+  mesh, apart, together = specs
+  part = NamedSharding(mesh, apart).shard_shape(shape[:2])
+  return _on_devices(lambda x: x.reshape(*part, *x.shape[1:]), mesh, together, apart)(x)
+
+
+def _folding(shape: tuple[int, ...]) -> tuple[Any, PartitionSpec, PartitionSpec] | None:
+  """(mesh in context, spec of [B, T], spec of [B * T]) where it splits the places of these rows."""
+  mesh = jax.sharding.get_abstract_mesh()
+  size = lambda names: math.prod(mesh.shape.get(name, 1) for name in names)
+  rows, places = _names(RULES["batch"]), _names(RULES["sequence"])
+  if mesh.empty or size(places) == 1 or shape[0] % size(rows) or shape[1] % size(places):
+    return None
+  rows = tuple(name for name in rows if name in mesh.shape)
+  return mesh, PartitionSpec(rows, places), PartitionSpec((*rows, *places))
+
+
+def _on_devices(f: Any, mesh: Any, given: PartitionSpec, made: PartitionSpec) -> Any:
+  """f on each device's own part of an array."""
+  names = {name for entry in (*given, *made) for name in _names(entry)}
+  return jax.shard_map(
+    f, mesh=mesh, in_specs=given, out_specs=made, axis_names=names, check_vma=False
+  )

@@ -73,14 +73,15 @@ def forward(
   if remat != "none" and remat not in _REMAT:
     raise UserError(f"remat = {remat!r}, expected one of {['none', *_REMAT]}")
   cos, sin = rope.tables(config, positions)
-  x = constrain(_embed(params, tokens, dtype), ("batch", None, None))
+  rows = ("batch", "sequence")
+  x = _embed(params, tokens, dtype, ("replicas", "sequence"), rows)
   attend = functools.partial(
     ops.attention, positions=positions, segment_ids=segment_ids, window=config.sliding_window
   )
 
   def body(x, weights):
     x = _block(weights, config, x, cos, sin, attend)
-    return constrain(x, ("batch", None, None)), None
+    return constrain(x, (*rows, None)), None
 
   if remat != "none":
     body = jax.checkpoint(body, policy=_REMAT[remat], prevent_cse=False)
@@ -119,7 +120,8 @@ def with_cache(
       others; its q is [P, 1, H, A].
   """
   cos, sin = rope.tables(config, positions)
-  x = _embed(params, tokens, dtype)
+  rest = (None,) * (tokens.ndim - 1)
+  x = _embed(params, tokens, dtype, ("slot_replicas", *rest), ("slots", *rest))
   layers = params["layers"]
   for i, weights in enumerate(layers):
     wanted = last if i == len(layers) - 1 else None
@@ -134,14 +136,20 @@ def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     return ops.linear(hidden, weight, out_dtype=jnp.float32)
 
 
-def _embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
+def _embed(
+  params: Params,
+  tokens: jax.Array,
+  dtype: Any,
+  replicas: tuple[str | None, ...],
+  rows: tuple[str | None, ...],
+) -> jax.Array:
+  """[..., D]. replicas, rows: logical axes of tokens while the table is looked up, and after."""
   with jax.named_scope("embed"):
     # Each device looks its part of the width up for all rows; only then are the rows parted. So
     # tokens and their vectors travel, not the table and its gradient, which are far larger.
     table = constrain(params["embed"], ("vocab", "embed"))
-    rest = (None,) * (tokens.ndim - 1)
-    x = table[constrain(tokens, ("replicas", *rest))].astype(dtype or table.dtype)
-    return constrain(constrain(x, ("replicas", *rest, "embed")), ("batch", *rest, None))
+    x = table[constrain(tokens, replicas)].astype(dtype or table.dtype)
+    return constrain(constrain(x, (*replicas, "embed")), (*rows, None))
 
 
 def _block(

@@ -7,10 +7,10 @@ first tokens, `generate` decodes. Whatever a request can ask for (temperature, t
 limits, randomness) is a traced array of the state, so nothing recompiles. Tokens, log-probs and
 versions are collected on the device and read when a sequence has ended.
 
-Slots are sharded over data x fsdp, kv heads over tensor. Every use of the cache is local to a
-shard: the rows of an `extend` are split like the slots, and slot numbers in its arguments count
-within the shard. Axis letters: S slots, C cache length, R response limit, P rows of one extend, T
-their length, L layers, H query heads, K kv heads, A head dim, D width, V vocabulary.
+Slots are sharded over data x context x fsdp, kv heads over tensor. Every use of the cache is local
+to a shard: the rows of an `extend` are split like the slots, and slot numbers in its arguments
+count within the shard. Axis letters: S slots, C cache length, R response limit, P rows of one
+extend, T their length, L layers, H query heads, K kv heads, A head dim, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from trinity_jax import ops
 from trinity_jax.experience import StopReason
 from trinity_jax.models import transformer
 from trinity_jax.models.presets import ModelConfig
+from trinity_jax.models.sharding import RULES
 from trinity_jax.sampler import cache as cache_lib
 from trinity_jax.sampler import sampling
 
 STOP_IDS = 8  # stop tokens a request may name
-SLOTS = ("data", "fsdp")  # mesh axes that slots are split over
+SLOTS: Any = RULES["slots"]  # mesh axes that slots are split over
 
 
 class EngineSpec(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,11 @@ from trinity_jax.sampler.engine import SLOTS, DecodeState, EngineSpec, Requests
 
 def shards_of(mesh: Mesh) -> int:
   """Parts that the slots are split into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape[name] for name in SLOTS)
 
 
 def state_shardings(spec: EngineSpec, mesh: Mesh) -> DecodeState:
-  """Slots over data x fsdp, kv heads over tensor.
+  """Slots over data x context x fsdp, kv heads over tensor.
 
   Raises:
     UserError: slots or kv heads that the mesh does not divide.
@@ -37,7 +38,7 @@ def state_shardings(spec: EngineSpec, mesh: Mesh) -> DecodeState:
   if spec.slots % over:
     raise UserError(
       f"config.sampler.slots = {spec.slots}: must be a multiple of the {over} devices of "
-      f"mesh.data x mesh.fsdp; use {-(-spec.slots // over) * over}"
+      f"mesh.data x mesh.fsdp x mesh.context; use {-(-spec.slots // over) * over}"
     )
   if spec.model.num_kv_heads % mesh.shape["tensor"]:
     raise UserError(

@@ -39,10 +39,14 @@ class PackSpec:
 
 
 def pack_spec(config: Config, algorithm: Algorithm) -> PackSpec:
-  """The declared shapes of a config, of one update; rows are those of all devices together."""
+  """The declared shapes of a config, of one update; rows are those of all devices together.
+
+  Where no row length is named, it is the longest possible, up to a multiple of mesh.context.
+  """
   longest = config.sampler.max_prompt_length + config.sampler.max_response_length
   if algorithm.data == "preferences":
     longest *= 2  # a pair shares a row
+  longest += -longest % config.mesh.context
   sequences = config.trainer.batch_size or config.explorer.batch_size * config.explorer.group_size
   if not algorithm.supervised:
     sequences *= config.explorer.max_logs

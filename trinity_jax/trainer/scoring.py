@@ -16,6 +16,7 @@ from trinity_jax import ops
 from trinity_jax.experience import Batch
 from trinity_jax.models import transformer
 from trinity_jax.models.presets import ModelConfig
+from trinity_jax.models.sharding import fold, unfold
 
 
 class Policy(NamedTuple):
@@ -58,15 +59,14 @@ def token_logprobs(params, policy: Policy, tokens, positions, segment_ids, mask,
     (logprob f32[B, T], entropy f32[B, T]), 0 where not masked.
   """
   before = preceding(params, policy, tokens, positions, segment_ids)
-  flat = lambda x: x.reshape(-1)
   logprob, entropy, _ = ops.linear_logprob(
-    before.reshape(-1, before.shape[-1]),
+    fold(before),
     transformer.output_weight(params, policy.config),
-    flat(tokens),
-    flat(mask),
-    flat(temperature),
+    fold(tokens),
+    fold(mask),
+    fold(temperature),
   )
-  return logprob.reshape(tokens.shape), entropy.reshape(tokens.shape)
+  return unfold(logprob, tokens.shape), unfold(entropy, tokens.shape)
 
 
 def token_loss(params, policy: Policy, tokens, positions, segment_ids, temperature, algorithm, x):
@@ -82,7 +82,7 @@ def token_loss(params, policy: Policy, tokens, positions, segment_ids, temperatu
   before = preceding(params, policy, tokens, positions, segment_ids)
   shape = tokens.shape
   flat = {
-    k: jnp.reshape(v, (-1,) if jnp.shape(v) == shape else jnp.shape(v))
+    k: fold(v) if jnp.shape(v) == shape else v
     for k, v in x.items()
     if v is not None and jnp.shape(v) in ((), shape)
   }
@@ -93,15 +93,15 @@ def token_loss(params, policy: Policy, tokens, positions, segment_ids, temperatu
     return weights * algorithm.token_loss(logprob=logprob, entropy=entropy, **arrays)[0]
 
   loss, (logprob, entropy, _) = ops.linear_logprob_loss(
-    before.reshape(-1, before.shape[-1]),
+    fold(before),
     transformer.output_weight(params, policy.config),
-    tokens.reshape(-1),
+    fold(tokens),
     flat["mask"],
-    temperature.reshape(-1),
+    fold(temperature),
     of_rows,
     (weights, flat),
   )
-  return loss, logprob.reshape(shape), entropy.reshape(shape)
+  return loss, unfold(logprob, shape), unfold(entropy, shape)
 
 
 def micro_batch(batch: Batch, m) -> dict[str, jax.Array]:
@@ -146,16 +146,13 @@ def score(
 
   def of(x):
     before = preceding(params, policy, x["tokens"], x["positions"], x["segment_ids"])
-    hidden = before.reshape(-1, before.shape[-1])
+    hidden, shape = fold(before), x["tokens"].shape
     weight = transformer.output_weight(params, policy.config)
-    shape = x["tokens"].shape
-    tokens, mask, temperature = (
-      x[k].reshape(-1) for k in ("tokens", "action_mask", "temperature")
-    )
+    tokens, mask, temperature = (fold(x[k]) for k in ("tokens", "action_mask", "temperature"))
     logprob, entropy, _ = ops.linear_logprob(hidden, weight, tokens, mask, temperature)
     found = {"logprob": logprob, "entropy": entropy}
     if "expected_score" in outputs:
       found["expected_score"] = ops.expected_score(hidden, weight, mask, temperature)
-    return [found[k].reshape(shape) for k in outputs]
+    return [unfold(found[k], shape) for k in outputs]
 
   return over_micro_batches(batch, outputs, of)

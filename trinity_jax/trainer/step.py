@@ -23,15 +23,17 @@ from trinity_jax.algorithms.advantages import advantage_stats
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.algorithms.kl_control import adapt
 from trinity_jax.experience import Batch
+from trinity_jax.models.sharding import RULES
 from trinity_jax.trainer.arrays import of_micro_batch, whole_step
 from trinity_jax.trainer.scoring import Policy, token_logprobs, token_loss
 from trinity_jax.trainer.state import TrainState
 
-ROWS = PartitionSpec(None, ("data", "fsdp"), None)
+# Of [M, B, T]: rows, and the places in them.
+ROWS = PartitionSpec(None, RULES["batch"], RULES["sequence"])
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-  """Rows over data x fsdp; the [N] table and scalars replicated."""
+  """Rows over data x fsdp, their tokens over context; the [N] table and scalars replicated."""
 
   def one(x):
     return NamedSharding(mesh, ROWS if jnp.ndim(x) == 3 else PartitionSpec())
