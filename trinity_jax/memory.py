@@ -137,13 +137,14 @@ def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) 
   gradient; on a TPU a few tiles only.
   """
   T = max(spec.row_lengths)
-  tokens = T * spec.rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+  parts = mesh.shape["context"]
+  tokens = T * spec.rows // (mesh.shape["data"] * mesh.shape["fsdp"] * parts)
   tensor, size = mesh.shape["tensor"], jnp.dtype(config.model.dtype).itemsize
   D, F, H = model.hidden_size, model.intermediate_size, model.num_heads
-  heads = (H + model.num_kv_heads) * model.head_dim * 2
+  heads, keys = H * model.head_dim * 2, model.num_kv_heads * model.head_dim * 2
   scores = 0 if mesh.devices.flat[0].platform == "tpu" else 3 * 4 * H * T // tensor
-  inside = size * (3 * D + (heads + 3 * F) // tensor)
-  dots = size * (2 * D + (heads + 2 * F) // tensor)
+  inside = size * (3 * D + (heads + parts * keys + 3 * F) // tensor)  # keys of the whole row
+  dots = size * (2 * D + (heads + keys + 2 * F) // tensor)
   kept = {"none": inside, "dots": dots, "full": 0}[config.model.remat]
   layers = model.num_layers * (size * D + kept) + scores
   layers += inside if config.model.remat != "none" else 0

@@ -292,3 +292,15 @@ def test_what_is_no_program():
 def test_shapes():
   (a, b, c) = hlo.shapes_of("(f32[2,3]{1,0:T(8,128)S(1)}, s4[7]{0}, f8e4m3fn[5])")
   assert (a.bytes, a.space) == (24, 1) and (b.bytes, b.space) == (4, 0) and c.bytes == 5
+
+
+def test_splash_counts_what_is_not_in_the_future():
+  """Of one row a device, whose axis is not there; of the last of the devices that share a row."""
+  mask, ids = hlo.Shape("s8", (1, 8, 8)), hlo.Shape("s32", (64, 128))
+  flops = lambda q, k: products._splash(2)([mask, hlo.Shape("bf16", q), hlo.Shape("bf16", k), ids])
+  whole = flops((3, 4, 64, 16), (3, 2, 64, 16))
+  assert whole == 2 * 2 * 3 * 4 * 16 * (64 * 64 / 2)
+  assert flops((4, 64, 16), (2, 64, 16)) == whole / 3
+  parts = [2 * 2 * 4 * 16 * sum(range(16 * i, 16 * i + 16)) for i in range(4)]
+  assert flops((4, 16, 16), (2, 64, 16)) == pytest.approx(max(parts), rel=0.01)
+  assert sum(parts) == pytest.approx(whole / 3, rel=0.02)

@@ -9,7 +9,6 @@ from trinity_jax.errors import UserError
 from trinity_jax.memory import memory_per_device
 from trinity_jax.plan.lowering import stage_on
 from trinity_jax.plan.topologies import Topology
-from trinity_jax.sampler.programs import shards_of
 
 ROOM = 0.9  # of the memory: what the estimate leaves out, see launch/PLAN.md
 
@@ -26,7 +25,8 @@ def rows_that_fit(config: Config, topology: Topology) -> int:
     config, trainer=dataclasses.replace(config.trainer, rows_per_micro=n)
   )
   # Any number of rows tells how the mesh splits them.
-  fewest = shards_of(stage_on(with_rows(len(topology.devices)), topology.devices).meshes.train)
+  mesh = stage_on(with_rows(len(topology.devices)), topology.devices).meshes.train
+  fewest = mesh.shape["data"] * mesh.shape["fsdp"]
   best, rows = 0, fewest
   while True:
     stage = stage_on(with_rows(rows), topology.devices)
@@ -43,6 +43,6 @@ def rows_that_fit(config: Config, topology: Topology) -> int:
     raise UserError(
       f"--topology={topology.name}: {fewest} rows of {max(stage.spec.row_lengths)} tokens are "
       f"estimated to need {memory['peak'] / 1e9:.3g} GB a device, which has "
-      f"{topology.chip.memory / 1e9:.3g}; use shorter rows or more devices"
+      f"{topology.chip.memory / 1e9:.3g}; use shorter rows, a larger mesh.context or more devices"
     )
   return best

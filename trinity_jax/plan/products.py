@@ -84,12 +84,17 @@ def _head(products: int) -> Callable[[list[Shape]], float]:
 
 
 def _splash(products: int) -> Callable[[list[Shape]], float]:
-  """`products` of [T, A] x [A, T] per head, the half that is not in the future."""
+  """`products` of [T, A] x [A, S] per head, where S keys are not in the future.
+
+  With T = S places that is half of them. Of a row that is split over the mesh these are the last T
+  of S queries: the device that has the most to do, for which the others wait.
+  """
 
   def flops(operands: list[Shape]) -> float:
-    q = next(s for s in operands if len(s.dims) == 4 and s.dtype in ("bf16", "f32"))
-    B, H, T, A = q.dims
-    return float(products * B * H * T * T * A)
+    # [H, T, A], and rows before it where a device has more than one.
+    q, k = [s for s in operands if len(s.dims) > 2 and s.dtype in ("bf16", "f32")][:2]
+    T, S = q.dims[-2], k.dims[-2]
+    return float(products * q.size * (2 * S - T))
 
   return flops
 
