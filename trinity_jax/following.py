@@ -72,10 +72,9 @@ class Followed(Source):
     if sampler is not None:
       self._host = Host(stage.world.channel(0), sampler, stage.synchronizer.wait)
 
-  @property
-  def asked(self) -> int:
-    """The version that the leader samples from, -1 while it is not known."""
-    return -1 if self._host is None else self._host.asked
+  def may_need(self, version: int) -> bool:
+    """Whether the leader, as far as is known here, may yet have this sampler take a version."""
+    return self._host is not None and version >= self._host.asked
 
   def start(self) -> None:
     if self._host is not None:

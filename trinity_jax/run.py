@@ -116,7 +116,7 @@ def run_stages(
   config: Config, workdir: Path, compiles, timeline, progress, preemption, world: World = ALONE
 ) -> list:
   """Runs each stage that has not finished; each starts from the previous one's model."""
-  from trinity_jax.stage import run_stage
+  from trinity_jax.loop import run_stage
   from trinity_jax.stage_result import read_stage_result
 
   results = []

@@ -1,4 +1,4 @@
-"""One stage of a run: builds the parts, runs the loop, leaves checkpoints and a model.
+"""The parts of one stage of a run, wired; what it leaves: checkpoints and a model.
 
 Threads: the trainer is the caller's; sampler and explorer have one each. A thread that dies ends
 the stage with its own error; every wait has a deadline.
@@ -7,12 +7,10 @@ the stage with its own error; every wait has a deadline.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from trinity_jax import build
@@ -20,37 +18,31 @@ from trinity_jax.algorithms.algorithm import make as make_algorithm
 from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.config import Config
 from trinity_jax.config_checks import check_lag, check_rows
-from trinity_jax.control import shuffled_rewards
 from trinity_jax.distributed import ALONE, World
-from trinity_jax.errors import RunFailed, UserError
+from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, ExperienceId, Task
 from trinity_jax.explorer.evaluation import is_due
 from trinity_jax.exploring import announce
-from trinity_jax.following import PATIENCE, Followed, tell, tell_end
+from trinity_jax.following import Followed
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import hf, sharding
 from trinity_jax.models.tokenizer import Tokenizer
 from trinity_jax.monitor.compiles import CompileCounter
-from trinity_jax.monitor.progress import Progress, Sample
-from trinity_jax.monitor.summary import peak_rss_mb, rss_mb
+from trinity_jax.monitor.progress import Progress, samples
 from trinity_jax.monitor.timeline import Timeline
 from trinity_jax.monitor.writers import FILE, Writers, make_writers, read_jsonl
 from trinity_jax.placement import to_local
-from trinity_jax.preemption import Preempted, Preemption
+from trinity_jax.preemption import Preemption
 from trinity_jax.probe import make_probe
 from trinity_jax.publishing import SnapshotPublisher
 from trinity_jax.sampler.rollout_engine import RolloutEngine
 from trinity_jax.sampler.scheduler import Sampler
 from trinity_jax.schedule import make_schedule
 from trinity_jax.source import Demonstrations, Recording, Rollouts, Source
-from trinity_jax.stage_result import StageResult, write_stage_result
 from trinity_jax.synchronizer import Synchronizer
 from trinity_jax.tasks.demonstrations import given
 from trinity_jax.trainer.checkpoint import Checkpointer, changed_terms, terms_of_exactness
 from trinity_jax.trainer.trainer import Trainer
-from trinity_jax.watchdog import Watchdog
-
-WARMUP_STEPS = 2  # steps after which a compilation counts as unexpected
 
 
 class Stage:
@@ -86,7 +78,7 @@ class Stage:
     self.tokenizer = Tokenizer.load(model_path)
     self.taskset = build.training_taskset(config, self.algorithm)
     self.experts = build.expert_taskset(config, self.algorithm)
-    self._texts = build.held_out_texts(config, self.algorithm)
+    self.texts = build.held_out_texts(config, self.algorithm)
     self.model = hf.load_config(model_path)
     check_lag(config, self.algorithm)
 
@@ -200,129 +192,6 @@ class Stage:
       )
     return True
 
-  # --- the loop ----------------------------------------------------------------------------------
-
-  def run(self) -> StageResult:
-    """Trains to total_steps, evaluates, saves the model."""
-    c, total = self.config, self.config.trainer.total_steps
-    self.compiles.mark_cold()
-    with contextlib.ExitStack() as stack:
-      stack.callback(self.checkpoints.close)
-      stack.callback(self.writers.close)
-      if self.buffer is not None:
-        stack.callback(build.close_buffer, self.buffer)
-      self._publish(self.start)
-      self.trainer.warmup()
-      source = stack.enter_context(self._source())
-      stack.enter_context(self._watchdog(source.fail))
-      stack.enter_context(self.preemption.telling(lambda: source.fail(Preempted())))
-      warm_at = min(self.start + WARMUP_STEPS, total)
-      if not self.start:
-        self._evaluate_texts(0)
-      self.timeline.step()  # set-up belongs to no step
-      for step in range(self.start + 1, total + 1):
-        experiences = self._sample(source)
-        self._train(step, experiences, source)
-        if step == warm_at:
-          self.compiles.mark_warm()
-      try:
-        if self.publisher is not None:
-          self.publisher.finish()
-        source.finish()
-        self.world.meet(f"end of {c.name}", PATIENCE * c.sync.timeout)
-      except RunFailed:
-        if self.preemption.requested:
-          raise self._preempted() from None
-        raise
-    self.compiles.mark_cold()  # saving may compile; no step does
-    model = ""
-    if c.trainer.save_hf != "never":
-      model = str(self.save_model())
-    return StageResult(c.name, model, self.resumed)
-
-  def _sample(self, source: Source) -> list[Experience]:
-    """The next step's experiences; when the run is asked to end, saves it and raises Preempted."""
-    with self.timeline.span("wait_for_batch"):
-      found = self._read(source) if self.world.leader else source.sample()
-    if found is not None:
-      return found
-    step = self.trainer.step_number
-    if self.world.agree(self.checkpoints.latest_step()) != step:
-      self._save(step)
-    raise self._preempted()
-
-  def _read(self, source: Source) -> list[Experience] | None:
-    """What the source has for the next step, told to all; None when the run is asked to end."""
-    try:
-      found = None if self.preemption.requested else source.sample()
-    except RunFailed:
-      if not self.preemption.requested:
-        raise
-      found = None
-    if found is None:
-      tell_end(self.world)
-    else:
-      tell(self.world, found)
-    return found
-
-  def _preempted(self) -> Preempted:
-    step = self.checkpoints.latest_step()
-    return Preempted(f"asked to end; step {step} is saved, the same command continues the run")
-
-  def _watchdog(self, fail: Callable[[RunFailed], None]) -> Watchdog:
-    return Watchdog(
-      self.timeline, self.config.monitor.stall, self.directory / "stalled.txt", fail
-    )
-
-  def _publish(self, step: int) -> None:
-    with self.timeline.span("publish"):
-      self.synchronizer.publish(step, self.trainer.state.params)
-      if self.publisher is not None:
-        self.publisher.publish(step, self.synchronizer.params(step))
-
-  def _train(self, step: int, experiences: Sequence[Experience], source: Source) -> None:
-    c, total = self.config, self.config.trainer.total_steps
-    if c.algorithm.shuffle_rewards:
-      experiences = shuffled_rewards(experiences, c.seed, step)
-    with self.timeline.span("train"):
-      try:
-        metrics = self.trainer.step(experiences)
-      except RunFailed:
-        if self.world.leader:
-          self.trainer.save_last_batch(self.directory / "bad_batch")
-        raise
-    if self.world.agree(self._publishes(step)):
-      self._publish(step)
-    metrics |= source.metrics(experiences)
-    metrics |= self._machine_metrics(experiences)
-    self.writers.write(step, metrics)
-    self.progress.update(step, total, metrics, samples(experiences, c.monitor.samples))
-    self._evaluate_texts(step)
-    if step % c.trainer.save_interval == 0 or step == total:
-      with self.timeline.span("checkpoint"):
-        self._save(step)
-
-  def _publishes(self, step: int) -> bool:
-    if step == self.config.trainer.total_steps:
-      return True
-    if self.offline:  # only evaluation looks
-      return bool(self.config.eval.interval) and step % self.config.eval.interval == 0
-    return self.schedule.publishes(step, self.synchronizer.take_request())
-
-  def _evaluate_texts(self, step: int) -> None:
-    """The loss of the held-out texts, at the steps of evaluation and at the end."""
-    e = self.config.eval
-    last = step == self.config.trainer.total_steps
-    due = last or (e.interval and step % e.interval == 0 and (step or e.on_start))
-    if not self._texts or not due:
-      return
-    with self.timeline.span("eval"):
-      metrics = self.trainer.held_out_loss(
-        self.given(self.algorithm.data, self._texts, step)
-      )
-    self.writers.write(step, metrics)
-    self.progress.update(step, self.config.trainer.total_steps, metrics, [])
-
   def given(
     self, data: str, tasks: Sequence[Task], step: int, first: int = 0
   ) -> list[Experience]:
@@ -333,22 +202,7 @@ class Stage:
       for e in given(data, task, self.tokenizer, ExperienceId(step, i, 0, 0), self.config.sampler)
     ]
 
-  def _machine_metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-    """Wall-time split, throughput, memory, compilations."""
-    times = self.timeline.step()
-    trained = sum(len(e.tokens) for e in experiences)
-    out = {**times, **self.compiles.metrics(), "memory/peak_rss_mb": peak_rss_mb()}
-    now = rss_mb()
-    if now is not None:
-      out["memory/rss_mb"] = now
-    if times["time/step"]:
-      out["throughput/tokens_per_s"] = trained / times["time/step"]
-      out["throughput/tokens_per_s_per_chip"] = out["throughput/tokens_per_s"] / self.mesh.size
-    if times["time/train"]:
-      out["throughput/train_tokens_per_s"] = trained / times["time/train"]
-    return out
-
-  def _save(self, step: int) -> None:
+  def save(self, step: int) -> None:
     meta = {
       "step": step,
       "version": step,
@@ -383,16 +237,14 @@ class Stage:
     return path
 
   def _awaits_evaluation(self, version: int) -> bool:
-    """Whether the explorer of this process still has to evaluate a version (see Explorer).
-
-    Where the leader's has to, it has not told yet to sample from a later one.
-    """
+    """Whether a version is still to be evaluated with the sampler of this process."""
     c = self.config
-    if self._followed is not None:
-      return bool(c.eval.tasksets) and is_due(c.eval, version) and version >= self._followed.asked
-    if c.mode != "both" or self.offline or not c.explorer.deterministic or not c.eval.tasksets:
+    if not (self.explores and c.eval.tasksets and is_due(c.eval, version)):
       return False
-    return is_due(c.eval, version) and version not in self._evaluated
+    if self._followed is not None:
+      return self._followed.may_need(version)
+    exact = c.mode == "both" and not self.offline and c.explorer.deterministic
+    return exact and version not in self._evaluated
 
   def on_eval(self, version: int, metrics: dict[str, float], shown: list[Experience]) -> None:
     """Books an evaluation (called from the explorer's thread)."""
@@ -405,7 +257,7 @@ class Stage:
   # --- where experiences come from ---------------------------------------------------------------
 
   @contextlib.contextmanager
-  def _source(self) -> Iterator[Source]:
+  def source(self) -> Iterator[Source]:
     """Starts the threads that experiences come from; stops and joins them whatever happens."""
     engine = self._make_engine() if self.explores else None
     source = self._make_source(engine)
@@ -459,22 +311,3 @@ class Stage:
       )
     kind = Demonstrations if self.algorithm.supervised else Recording if self.offline else Rollouts
     return kind(self, explorer, engine, self.buffer)
-
-
-def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:
-  """The first runs of the first groups, as texts for people."""
-  first = [e for e in experiences if e.id.run == 0 and len(e.messages) > 1][:n]
-  return [
-    Sample(str(e.messages[-2]["content"]), str(e.messages[-1]["content"]), e.reward) for e in first
-  ]
-
-
-def run_stage(*args, **kwargs) -> StageResult:
-  """Builds and runs a stage; returns its result and marks it finished in stage.json."""
-  start = time.monotonic()
-  stage = Stage(*args, **kwargs)
-  result = stage.run()
-  if stage.world.leader:
-    write_stage_result(stage.directory / "stage.json", result, time.monotonic() - start)
-  jax.clear_caches()
-  return result

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
   from rich.console import Console, RenderableType
   from rich.text import Text
 
+  from trinity_jax.experience import Experience
+
 log = logging.getLogger(__name__)
 
 # (label, names in order of preference): the first one that a row has is shown.
@@ -52,6 +54,14 @@ class Sample(NamedTuple):
   response: str
   reward: float | None = None
   truth: str = ""
+
+
+def samples(experiences: Sequence[Experience], n: int) -> list[Sample]:
+  """The first runs of the first groups, as texts for people."""
+  first = [e for e in experiences if e.id.run == 0 and len(e.messages) > 1][:n]
+  return [
+    Sample(str(e.messages[-2]["content"]), str(e.messages[-1]["content"]), e.reward) for e in first
+  ]
 
 
 class Progress:
