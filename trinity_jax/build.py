@@ -195,7 +195,7 @@ def _local_rollout(config: Config, devices: Sequence[Any]) -> Mesh:
   if s.devices or s.replicas > 1:
     raise UserError(
       f"config.sampler.devices = {s.devices}, replicas = {s.replicas}: where several processes "
-      "train, the sampler shares the first one's devices; leave them at 0 and 1, or sample in "
+      "train, each samples with the devices it trains with; leave them at 0 and 1, or sample in "
       "processes of their own (--mode=explore)"
     )
   return sharding.make_mesh(-1, 1, s.tensor or min(config.mesh.tensor, len(devices)), devices)

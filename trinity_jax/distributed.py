@@ -3,8 +3,9 @@
 Every process runs the same command. JAX's runtime joins them, and each launches the same device
 programs in the same order. Process 0 leads: it alone explores, owns the buffer and writes files;
 what it has read or decided it tells the others through the runtime's key-value store, before each
-step. A process that fails says so there, and all others end with its words; one that dies without
-a word is missed by the runtime, which ends the others within HEARTBEAT seconds and names it.
+step, and what it has to sample it asks of all (sampler/remote.py). A process that fails says so
+there, and all others end with its words; one that dies without a word is missed by the runtime,
+which ends the others within HEARTBEAT seconds and names it.
 
     world = distributed.join("auto")     # before JAX is used
     experiences = world.agree(read())    # the leader's value, on every process
