@@ -3,13 +3,15 @@
   python launch/plan_table.py                          all cases (hours on 2 cores; see --cases)
   python launch/plan_table.py --cases=qwen3-0.6b-v5e-4,...
 
-Each case replaces its own row. Needs what --mode=plan needs: `make aot-check` installs it.
+Each case replaces what PLAN.json, beside it, holds of it, from which the table is written. Needs
+what --mode=plan needs: `make aot-check` installs it.
 """
 
 from __future__ import annotations
 
-import re
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,8 @@ from absl import app, flags
 from trinity_jax.config import Config, base_config, resolve
 
 CASES = flags.DEFINE_list("cases", [], "Names of cases; none means all.")
-OUT = flags.DEFINE_string("out", str(Path(__file__).with_name("PLAN.md")), "File to write.")
+OUT = flags.DEFINE_string("out", str(Path(__file__).with_name("PLAN.md")), "File to write; the "
+                          "cases' figures lie beside it, as .json.")  # fmt: skip
 
 TOKENS = 16384  # per device and optimizer step
 HEAD = """# Plans: compiled ahead of time, run nowhere
@@ -32,14 +35,28 @@ GB per device. Times are estimates: the larger of FLOPs and memory traffic at pu
 - kept: parameters, optimizer, published and sampler's weights, cache; peak: with the phase that
   needs most, by the compiler's count; check: --mode=check's estimate, which compiles nothing.
 - all-gather: elements of the train step's largest one over the parameters of one layer.
-- "-" under all-gather and times: libtpu gives some of the work to SparseCores, which is not counted
-  yet, so that times would be too short.
+
+"""
+WEAK = """
+## Weak scaling
+
+The train step of Qwen3-8B with equal tokens a device, by the same estimate: fsdp 16 stays, data
+grows; the last row is the other slice of 256 chips, whose torus has no axes for 16 x 16. `waiting`:
+collectives beside which nothing runs; sends: GB a device, by a ring's algorithm.
+
+What grows from 16 to 64 chips is not the traffic between more chips: on 64 XLA gathers a layer's
+weights whole and waits, on 16 it multiplies piece by piece while the next piece arrives
+(collective-permute). Data parallelism itself adds the all-reduce of each device's share of the
+gradients.
 
 """
 COLUMNS = (
   "case", "mesh", "samplers", "micro-batches", "kept", "train temp", "prefill temp", "decode temp",
   "peak", "of", "fits", "check", "all-gather", "train s", "MFU %", "decode ms", "step s",
   "compile s",
+)  # fmt: skip
+WEAK_COLUMNS = (
+  "slice", "mesh", "train s", "growth %", "compute s", "memory s", "waiting s", "hidden s", "sends",
 )  # fmt: skip
 
 
@@ -69,9 +86,10 @@ WHOLE = {
   "llama-70b-v5e-256": Case(
     "Llama-3.1-70B", "v5e:16x16", {"fsdp": 64, "tensor": 4}, 0, 0, 64, 1024
   ),
-  # Weak scaling of the train step, from qwen3-8b-v5p-16 on.
+  # Weak scaling of the train step, from qwen3-8b-v5p-16 on. (Its axes must be ones of the torus.)
   "qwen3-8b-v5p-64": Case("Qwen3-8B", "v5p:4x4x4", {"data": 4, "fsdp": 16}, 0, 0, 64, 1024),
-  "qwen3-8b-v5p-256": Case("Qwen3-8B", "v5p:4x8x8", {"data": 16, "fsdp": 16}, 0, 0, 256, 1024),
+  "qwen3-8b-v5p-256": Case("Qwen3-8B", "v5p:4x4x16", {"data": 16, "fsdp": 16}, 0, 0, 256, 1024),
+  "qwen3-8b-v5p-256-wide": Case("Qwen3-8B", "v5p:4x8x8", {"data": 8, "fsdp": 32}, 0, 0, 256, 1024),
   "qwen3-8b-h100-8": Case("Qwen3-8B", "h100x8", {"fsdp": 8}, 8, 1, 8, 1024),
 }
 
@@ -97,8 +115,8 @@ def config_of(case: Case, devices: int) -> Any:
   return c
 
 
-def row_of(name: str, case: Case) -> tuple[list[str], list[str]]:
-  """Compiles a case; its row of the table, and what is not as it should be."""
+def figures_of(name: str, case: Case) -> tuple[dict[str, Any], list[str]]:
+  """Compiles a case; what PLAN.json holds of it, and what is not as it should be."""
   from trinity_jax.plan import choosing, report
   from trinity_jax.plan.topologies import find
 
@@ -108,29 +126,35 @@ def row_of(name: str, case: Case) -> tuple[list[str], list[str]]:
   config: Config = resolve(values)
   made = report.make_plan(config, topology, lambda line: print(name, line, file=sys.stderr))
   print(report.render(made), "\n", flush=True)
+  cost = made.compiled["train step"].cost
+  if cost is None:
+    sys.exit(f"{name}: the train step needs {made.peak / 1e9:.1f} GB a device")
   gb = lambda n: f"{n / 1e9:.2f}"
   temp = lambda n: _temporary(made.compiled.get(n))
   kept = sum(
     v for k, v in made.memory.items() if k not in ("training", "sampling", "publishing", "peak")
   )
-  mesh = " x ".join(f"{k} {v}" for k, v in case.mesh.items())
-  samplers = f"{case.samplers}, tensor {case.tensor}" if case.samplers else "elsewhere"
-  cost = made.compiled["train step"].cost
-  counted = cost is not None and not cost.unknown  # else times would be too short
-  decode = made.times.get("decode")
+  train, decode = made.times["train step"], made.times.get("decode")
   row = [
-    f"{name} ({case.topology})", mesh, samplers,
+    f"{name} ({case.topology})", _mesh(case),
+    f"{case.samplers}, tensor {case.tensor}" if case.samplers else "elsewhere",
     f"{made.stage.micros} of {made.stage.spec.rows} x {max(made.stage.spec.row_lengths)}",
     gb(kept), temp("train step"), temp("prefill"), temp("decode"), gb(made.peak),
     gb(made.chip.memory), "yes" if made.fits else "no", gb(made.estimate["peak"]),
-    report.gathered_layers(made) if counted else "-",
-    f"{made.times['train step'].total:.2f}" if counted else "-",
-    f"{100 * report.model_flops_share(made):.0f}" if counted else "-",
+    report.gathered_layers(made), f"{train.total:.2f}",
+    f"{100 * report.model_flops_share(made):.0f}",
     f"{1e3 * decode.total:.1f}" if decode else "-",
-    f"{sum(made.step.values()):.1f}" if "decode" in made.step and counted else "-",
+    f"{sum(made.step.values()):.1f}" if "decode" in made.step else "-",
     f"{sum(c.seconds for c in made.compiled.values()):.0f}",
   ]  # fmt: skip
-  return row, problems(name, made)
+  sent = {k: round(v) for k, v in sorted(cost.sent().items()) if v}
+  return {"row": row, "train": {**train._asdict(), "total": train.total, "sent": sent}}, problems(
+    name, made
+  )
+
+
+def _mesh(case: Case) -> str:
+  return " x ".join(f"{k} {v}" for k, v in case.mesh.items())
 
 
 def problems(name: str, made: Any) -> list[str]:
@@ -142,6 +166,9 @@ def problems(name: str, made: Any) -> list[str]:
     out.append(f"{name}: needs {made.peak / 1e9:.1f} GB a device")
   elif float(report.gathered_layers(made)) > 1:
     out.append(f"{name}: gathers {report.gathered_layers(made)} layers at once")
+  for c in made.compiled.values():
+    if c.cost and c.cost.unknown:
+      out.append(f"{name}: {c.name}: not counted is the work of {', '.join(c.cost.unknown)}")
   if abs(made.estimate["peak"] / made.peak - 1) > 0.1:
     share = made.estimate["peak"] / made.peak
     out.append(f"{name}: --mode=check estimates {share:.2f} of the compiler's peak")
@@ -154,30 +181,42 @@ def _temporary(c: Any) -> str:
   return f"{c.temporary / 1e9:.2f}" if c.cost else f"asks {c.exceeds / 1e9:.1f}"
 
 
-def table(rows: dict[str, str]) -> str:
-  order = [n for n in WHOLE if n in rows]
-  lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-  return HEAD + "\n".join(f"| {line} |" for line in lines + [rows[n] for n in order]) + "\n"
+def table(found: dict[str, Any]) -> str:
+  """PLAN.md, of what PLAN.json holds."""
+  weak = [n for n in WHOLE if n in found and n.startswith("qwen3-8b-v5p-")]
+  rows = [found[n]["row"] for n in WHOLE if n in found]
+  text = HEAD + _rows(COLUMNS, rows)
+  return text + WEAK + _rows(WEAK_COLUMNS, [_weak(n, found, weak[0]) for n in weak])
 
 
-def read_rows(text: str) -> dict[str, str]:
-  """The rows of an earlier table, by case."""
-  found = (re.match(r"\| (\S+) \(\S+\) \|", line) for line in text.splitlines())
-  return {m[1]: m.string.strip("| ") for m in found if m and m[1] in WHOLE}
+def _weak(name: str, found: dict[str, Any], first: str) -> list[str]:
+  own, start = found[name]["train"], found[first]["train"]["total"]
+  sent = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in own["sent"].items() if v > 5e7)
+  seconds = [f"{own[k]:.2f}" for k in ("compute", "memory", "waiting", "hidden")]
+  growth = f"{100 * (own['total'] / start - 1):.1f}"
+  return [WHOLE[name].topology, _mesh(WHOLE[name]), f"{own['total']:.2f}", growth, *seconds, sent]
+
+
+def _rows(columns: Sequence[str], rows: list[list[str]]) -> str:
+  lines = [columns, ["---"] * len(columns), *rows]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(_: list[str]) -> None:
   unknown = [n for n in CASES.value if n not in WHOLE]
   if unknown:
     raise app.UsageError(f"--cases={','.join(unknown)}: unknown; known: {', '.join(WHOLE)}")
-  out, found = Path(OUT.value), []
+  out, wrong = Path(OUT.value), []
+  kept = out.with_suffix(".json")
   for name in CASES.value or WHOLE:
-    cells, wrong = row_of(name, WHOLE[name])
-    found += wrong
-    rows = read_rows(out.read_text()) if out.exists() else {}
-    out.write_text(table({**rows, name: " | ".join(cells)}))
-  if found:
-    sys.exit("\n".join(found))
+    figures, found = figures_of(name, WHOLE[name])
+    wrong += found
+    cases = json.loads(kept.read_text()) if kept.exists() else {}
+    cases[name] = figures
+    kept.write_text(json.dumps(cases, indent=1) + "\n")
+    out.write_text(table(cases))
+  if wrong:
+    sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":
