@@ -18,6 +18,8 @@ Names:
   server   the sampler's rate beside a client in another process that holds open streams and asks
            /health all the time, and how long that takes
   chaos    episodes whose environments raise, hang, die, are slow or talk nonsense, beside calm ones
+  publish  weights from train layout to rollout layout, with the checksums of both, against a plain
+           copy of them
   buffer   the replay buffer in SQLite and PostgreSQL: experiences of 4096 tokens a second in and
            out, and how put and sample grow up to --held experiences
 
@@ -40,6 +42,7 @@ from perf_buffer import bench_buffer
 from perf_chaos import bench_chaos
 from perf_decode import bench_decode
 from perf_loss import bench_loss
+from perf_publish import bench_publish
 from perf_rft import bench_rft
 from perf_sampler import bench_sampler
 from perf_server import bench_server
@@ -58,6 +61,7 @@ COMMANDS: dict[str, Callable[[], list[Row]]] = {
   "agents": bench_agents,
   "chaos": bench_chaos,
   "server": bench_server,
+  "publish": bench_publish,
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from trinity_jax.checksums import checksums, compare, names, verify
+from trinity_jax.checksums import _checksums, checksums, compare, names, verify
 from trinity_jax.errors import RunFailed
 from trinity_jax.launch_order import LaunchOrder
 from trinity_jax.models import sharding
@@ -46,7 +46,7 @@ def test_equal_for_every_sharding_and_on_the_host(mesh, dtype):
     assert found == expected, spec
 
 
-def test_against_an_independent_sum():
+def test_against_an_independent_sum(monkeypatch):
   """The definition in plain Python."""
 
   def mix(x):
@@ -54,9 +54,17 @@ def test_against_an_independent_sum():
     x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
     return x ^ (x >> 16)
 
-  w = host()["layers"]["w"]
-  total = sum(mix(int(word) ^ mix(i)) for i, word in enumerate(w.view(np.uint32).reshape(-1)))
-  assert checksums({"w": w}) == {"w": total % 2**32}
+  def checksum(w):
+    rows = w.view(np.uint32).reshape(-1, w.shape[-1]).tolist()
+    place = [[mix(i) + mix(j ^ 0x9E3779B9) for j in range(w.shape[-1])] for i in range(len(rows))]
+    pairs = zip(sum(rows, []), sum(place, []))
+    return sum(mix(word ^ (p % 2**32)) for word, p in pairs) % 2**32
+
+  monkeypatch.setattr("trinity_jax.checksums._BLOCK", 10)  # several blocks, and a rest
+  rng = np.random.default_rng(1)
+  for shape in ((8, 6), (3, 3, 3), (7,), (5, 1), (2, 2, 2, 16)):
+    w = rng.normal(size=shape).astype(np.float32)
+    assert checksums({"w": w}) == {"w": checksum(w)}, shape
 
 
 def test_any_single_bit_changes_its_tensor_and_no_other():
@@ -78,6 +86,34 @@ def test_order_signs_and_places_count():
   zeros[0, 1], moved[1, 0] = 1, 1
   different = [w, w[::-1].copy(), swapped, -w, zeros, moved, zeros.T * 0, -0.0 * np.abs(zeros)]
   assert len({checksums({"w": x})["w"] for x in different}) == len(different)
+
+
+def test_bfloat16_to_its_last_bit():
+  """XLA computes with bfloat16 in float32 on a CPU: no value may change on the way."""
+  finite = np.arange(2**16, dtype=np.uint16).view(jnp.bfloat16)
+  finite = finite[np.isfinite(finite.astype(np.float32))]
+  found = {checksums({"w": np.asarray([x])})["w"] for x in finite[::61]}
+  assert len(found) == len(finite[::61])
+  wide = {"w": finite.reshape(2, -1).view(np.uint16).astype(np.uint32)}
+  assert checksums({"w": finite.reshape(2, -1)}) == checksums(wide)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_needs_no_memory_of_the_tensors_size(dtype):
+  x = jax.ShapeDtypeStruct((8, 1024, 1000), dtype)
+  spec = jax.sharding.PartitionSpec()
+  done = _checksums.lower([x], dtype=None, mesh=None, specs=(spec,)).compile()
+  assert done.memory_analysis().temp_size_in_bytes < x.size * x.dtype.itemsize
+
+
+def test_every_copy_is_looked_at(mesh):
+  """Not only that of the first device."""
+  copies = [jax.device_put(host()["scale"], d) for d in mesh.devices.flat]
+  copies[5] = copies[5] + 1
+  whole = NamedSharding(mesh, PartitionSpec())
+  params = {"a": {"scale": jax.make_array_from_single_device_arrays((), whole, copies)}}
+  with pytest.raises(RunFailed, match=r"cpu:5, beside cpu:0: weights differ: a\.scale has"):
+    checksums(params)
 
 
 def test_wide_dtypes_are_refused_by_name():

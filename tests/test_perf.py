@@ -35,6 +35,18 @@ def test_loss(tmp_path):
 
 
 @pytest.mark.slow
+def test_publish(tmp_path):
+  path = tmp_path / "rows.json"
+  done = perf("publish", "--layers=1", "--repeats=1", "--cpu_devices=2", f"--json={path}")
+  assert done.returncode == 0, done.stderr
+  rows = {r["name"]: r for r in json.loads(path.read_text())}
+  assert rows["parameters"]["value"] == pytest.approx(79.7, abs=0.1)
+  for layout in ("same", "tensor", "whole"):
+    assert rows[f"{layout}/publish"]["value"] > 0
+    assert rows[f"{layout}/publish"]["ratio_to"] == f"{layout}/copy"
+
+
+@pytest.mark.slow
 def test_buffer(tmp_path):
   path = tmp_path / "rows.json"
   done = perf("buffer", "--stores=sqlite", "--held=10000", "--buffer_steps=8", f"--json={path}")

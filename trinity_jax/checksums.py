@@ -3,25 +3,30 @@
 Each element's bits are hashed together with its place, and the hashes are summed modulo 2^32. The
 order of a sum of integers does not matter, so a sharded array, an array on another mesh and a host
 array give the same number. One element that differs always changes its tensor's number; of
-differences in several elements, 1 in 2^32 goes unseen.
+differences in several elements, 1 in 2^32 goes unseen. Every device hashes what it holds, so each
+copy of a replicated tensor is looked at.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trinity_jax.errors import RunFailed
 from trinity_jax.launch_order import LaunchOrder
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 _LISTED = 5  # tensors in an error message before "and n more"
+_BLOCK = 2**20  # elements that a CPU hashes at a time
+_COLUMN = np.uint32(0x9E3779B9)  # so that row i and column i have different hashes
 
 
 def names(tree: Any) -> list[str]:
@@ -42,32 +47,109 @@ def checksums(
 
   Raises:
     ValueError: a tensor of another dtype.
+    RunFailed: copies of a tensor on several devices of this process differ.
   """
-  for name, leaf in zip(names(params), jax.tree.leaves(params)):
+  leaves = jax.tree.leaves(params)
+  for name, leaf in zip(names(params), leaves):
     if np.dtype(leaf.dtype).itemsize not in _WORDS or leaf.dtype == bool:
       raise ValueError(f"checksum of {name}: dtype {leaf.dtype}, expected one of 1, 2 or 4 bytes")
-  program = functools.partial(_checksums, dtype=None if dtype is None else jnp.dtype(dtype))
-  if not jax.tree.leaves(params):
+  if not leaves:
     return {}
-  sums = launch(program, params) if launch else program(params)
-  return {name: int(n) for name, n in zip(names(params), jax.device_get(sums))}
+  mesh, specs = _layout(leaves)
+  program = partial(
+    _checksums, dtype=None if dtype is None else jnp.dtype(dtype), mesh=mesh, specs=specs
+  )
+  sums = launch(program, leaves) if launch else program(leaves)
+  copies = [(shard.device, np.asarray(shard.data)) for shard in sums.addressable_shards]
+  first = dict(zip(names(params), map(int, copies[0][1])))
+  for device, copy in copies[1:]:
+    compare(first, dict(zip(first, map(int, copy))), f"{device}, beside {copies[0][0]}")
+  return first
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _checksums(params: Any, dtype: Any) -> jax.Array:
+def _layout(leaves: Sequence[Any]) -> tuple[Mesh | None, tuple[PartitionSpec, ...]]:
+  """The mesh that holds the arrays, None without one, and how it splits each."""
+  shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+  mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+  specs = [s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings]
+  return mesh, tuple(specs)
+
+
+@partial(jax.jit, static_argnames=("dtype", "mesh", "specs"))
+def _checksums(
+  leaves: Sequence[Any], dtype: Any, mesh: Mesh | None, specs: tuple[PartitionSpec, ...]
+) -> jax.Array:
   """u32[leaves]: one array, so that it comes to the host in one copy."""
-  leaves = jax.tree.leaves(params)
-  return jnp.stack([_checksum(x if dtype is None else x.astype(dtype)) for x in leaves])
+
+  def program(parts):
+    return jnp.stack([_checksum(x, spec, mesh, dtype) for x, spec in zip(parts, specs)])
+
+  if mesh is None:
+    return program(leaves)
+  # What is replicated is hashed by each device for itself: its sums may differ, check_vma cannot.
+  return jax.shard_map(
+    program, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(), check_vma=False
+  )(list(leaves))
 
 
-def _checksum(x: jax.Array) -> jax.Array:
-  """u32[]. Elementwise and one reduction: nothing of the tensor's size is stored."""
-  place, stride = jnp.zeros(x.shape, jnp.uint32), 1
-  for axis in reversed(range(x.ndim)):
-    place += lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
-    stride *= x.shape[axis]
+def _checksum(x: jax.Array, spec: PartitionSpec, mesh: Mesh | None, dtype: Any) -> jax.Array:
+  """u32[], of the whole tensor of which `x` is this device's part."""
+  x = x.reshape(1) if x.ndim == 0 else x
+  axes = [() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in spec]
+  axes += [()] * (x.ndim - len(axes))
+  column = _mix(_places(x, -1, axes) ^ _COLUMN)
+  row, stride = jnp.zeros((1,) * (x.ndim - 1), jnp.uint32), 1
+  for axis in reversed(range(x.ndim - 1)):
+    place = _places(x, axis, axes) * np.uint32(stride % 2**32)
+    row += lax.expand_dims(place, [a for a in range(x.ndim - 1) if a != axis])
+    stride *= x.shape[axis] * _parts(mesh, axes[axis])
+  x, row, column = x.reshape(-1, x.shape[-1]), _mix(row.reshape(-1, 1)), column[None]
+  total = lax.platform_dependent(
+    x, row, column, cpu=partial(_by_blocks, dtype=dtype), default=partial(_whole, dtype=dtype)
+  )
+  used = tuple(name for names_ in axes for name in names_)
+  return lax.psum(total, used) if used else total
+
+
+def _places(x: jax.Array, axis: int, axes: Sequence[tuple[str, ...]]) -> jax.Array:
+  """u32[x.shape[axis]]: where this device's part of a dimension stands in the whole."""
+  size = x.shape[axis]
+  first = lax.axis_index(axes[axis]).astype(jnp.uint32) * np.uint32(size) if axes[axis] else 0
+  return jnp.arange(size, dtype=jnp.uint32) + first
+
+
+def _parts(mesh: Mesh | None, axes: tuple[str, ...]) -> int:
+  return math.prod(mesh.shape[a] for a in axes) if mesh else 1
+
+
+def _hashes(x: jax.Array, row: jax.Array, column: jax.Array, dtype: Any) -> jax.Array:
+  """u32[R, C] of x [R, C], row u32[R, 1], column u32[1, C]."""
+  x = x if dtype is None else x.astype(dtype)
   words = lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
-  return jnp.sum(_mix(words ^ _mix(place)), dtype=jnp.uint32)
+  return _mix(words ^ (row + column))
+
+
+def _whole(x: jax.Array, row: jax.Array, column: jax.Array, dtype: Any) -> jax.Array:
+  """u32[]. Elementwise and one reduction, which TPU and GPU compile to one pass."""
+  return jnp.sum(_hashes(x, row, column, dtype), dtype=jnp.uint32)
+
+
+def _by_blocks(x: jax.Array, row: jax.Array, column: jax.Array, dtype: Any) -> jax.Array:
+  """`_whole` in pieces: XLA's CPU compiler stores what it reduces, of a size that fits a cache."""
+  if x.size <= _BLOCK:
+    return _whole(x, row, column, dtype)
+  rows = max(1, _BLOCK // x.shape[1])
+  count = x.shape[0] // rows
+
+  def add(i, sums):
+    # Nothing here may look constant: bfloat16 becomes float32, all of it, before the loop.
+    part, i = lax.optimization_barrier((x, i))
+    part = lax.dynamic_slice_in_dim(part, i * rows, rows)
+    return sums + _hashes(part, lax.dynamic_slice_in_dim(row, i * rows, rows), column, dtype)
+
+  sums = lax.fori_loop(0, count, add, jnp.zeros((rows, x.shape[1]), jnp.uint32))
+  rest = _whole(x[count * rows :], row[count * rows :], column, dtype)
+  return jnp.sum(sums, dtype=jnp.uint32) + rest
 
 
 def _mix(x: jax.Array) -> jax.Array:
