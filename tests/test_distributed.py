@@ -136,6 +136,29 @@ def test_placement_in_one_process():
   np.testing.assert_array_equal(placement.fetch(placed)["a"], tree["a"])
 
 
+@pytest.mark.parametrize("most", [10**9, 3 * 16 * 4, 1])
+def test_a_large_array_moves_some_layers_at_once(most):
+  """Seven layers of 16 numbers: all at once, three (the last three overlap), one."""
+  P, devices = jax.sharding.PartitionSpec, jax.devices()
+  x = np.arange(7 * 16.0, dtype=np.float32).reshape(7, 4, 4)
+  split = jax.make_mesh((4,), ("fsdp",), devices=devices[:4])
+  own = jax.make_mesh((2, 2), ("data", "tensor"), devices=devices[4:])
+  here = jax.sharding.NamedSharding(own, P(None, None, "tensor"))
+  sizes, leaf = [], jax.device_put(x, jax.sharding.NamedSharding(split, P(None, "fsdp")))
+
+  def launch(program, *args):
+    out = program(*args)
+    assert out.is_fully_replicated
+    sizes.append(out.shape[0])
+    return out
+
+  moved = placement._to_local(leaf, here, launch, most)
+  assert moved.sharding == here
+  np.testing.assert_array_equal(moved, x)
+  assert sizes == {10**9: [7], 3 * 16 * 4: [3] * 3, 1: [1] * 7}[most]
+  assert placement._to_local(leaf, None, launch, most) is None
+
+
 # --- whole runs -----------------------------------------------------------------------------------
 
 
