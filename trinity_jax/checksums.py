@@ -70,7 +70,7 @@ def checksums(
 def _layout(leaves: Sequence[Any]) -> tuple[Mesh | None, tuple[PartitionSpec, ...]]:
   """The mesh that holds the arrays, None without one, and how it splits each."""
   shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
-  mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+  mesh: Any = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
   specs = [s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings]
   return mesh, tuple(specs)
 
