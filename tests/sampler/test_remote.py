@@ -21,12 +21,18 @@ from trinity_jax.sampler.remote import Host, RemoteSampler
 STEP = 20  # seconds for what takes none
 
 
+def two():
+  """(store, both processes' worlds)"""
+  store = key_value_store.Store()
+  return store, World(0, 2, store), World(1, 2, store)
+
+
 @contextlib.contextmanager
-def served(sampler, weights=lambda version: (version, f"params {version}"), store=None):
+def served(sampler, weights=lambda version: (version, f"params {version}"), processes=None):
   """A RemoteSampler in front of a started sampler, and its Host."""
-  store = store or key_value_store.Store()
-  remote = RemoteSampler(World(0, 2, store).channel(1), sampler.spec)
-  host = Host(World(1, 2, store).channel(0), sampler, weights)
+  store, first, second = processes or two()
+  remote = RemoteSampler(first.channel(1), sampler.spec)
+  host = Host(second.channel(0), sampler, weights)
   remote.start()
   host.start()
   try:
@@ -147,15 +153,15 @@ def test_weights_that_do_not_come_end_both(fakes):
 
 
 def test_the_runtime_ends(fakes):
-  store = key_value_store.Store()
+  processes = two()
   with fakes.sampler_on(fakes.FakePrograms(), version=None) as sampler:
-    with served(sampler, store=store) as (remote, _):
+    with served(sampler, processes=processes) as (remote, _):
       asked = batch(remote, [fakes.request(0)])
 
       async def main():
         task = asyncio.create_task(asked)
         await asyncio.sleep(0)
-        store.end()
+        processes[0].end()
         return await task
 
       with pytest.raises(RunFailed, match="sampler of process 1 is lost: .*DEADLINE_EXCEEDED"):
@@ -204,3 +210,15 @@ def test_a_pool_of_both(fakes):
       assert "sampler 1: sampler of process 1 at version 0: 0 requests open" in pool.describe()
   with pytest.raises(RunFailed, match="the sampler of process 1 was closed"):
     asyncio.run(batch(remote, [fakes.request(0)]))
+
+
+def test_stage_after_stage(fakes):
+  processes = two()
+  for version in range(3):
+    with fakes.sampler_on(fakes.FakePrograms(), version=None) as sampler:
+      with served(sampler, processes=processes) as (remote, _):
+        remote.set_params(version, None)
+        requests = [fakes.request(i) for i in range(5)]
+        for done, r in zip(asyncio.run(batch(remote, requests)), requests):
+          fakes.check(done, r)
+          assert set(done.versions.tolist()) == {version}
