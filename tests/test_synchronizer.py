@@ -136,6 +136,25 @@ def test_a_wait_ends_when_the_version_comes():
   assert got == [1, (2, 2.0)]
 
 
+def test_a_thread_waits_as_a_coroutine_does():
+  sync, mesh = make(keep=2)
+  for version in (0, 2, 4):
+    sync.publish(version, params(mesh, version))
+  assert [sync.wait(v)[0] for v in (2, 4, 1, 3)] == [2, 4, 4, 4]
+  later = threading.Timer(0.05, lambda: sync.publish(5, params(mesh, 5)))
+  later.start()
+  version, published = sync.wait(5)
+  assert (version, float(published["w"][0, 0])) == (5, 5.0)
+  later.join()
+  late, _ = make(timeout=0.01)
+  with pytest.raises(RunFailed, match=r"\(sync\.timeout\) for version 3; .* newest is -1"):
+    late.wait(3)
+  assert not late._waiters
+  sync.close(ValueError("bad step"))
+  with pytest.raises(RunFailed, match="closed"):
+    sync.wait(6)
+
+
 def test_an_expired_wait_names_the_version_and_harms_nobody():
   sync, mesh = make(timeout=0.01)
   sync.publish(0, params(mesh))
