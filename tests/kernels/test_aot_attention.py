@@ -57,7 +57,7 @@ def test_memory_is_not_quadratic(target, sizes, heads, window):
   # logsumexp comes in 128 lanes of float32, which is twice a [T, A] in bfloat16.
   assert used < 8 * operands
   assert used < 0.1 * 2 * H * T * T * 4 / np.prod(sizes)
-  moved = costs.cost(compiled.as_text()).collectives
+  moved = [x for x in costs.cost(compiled.as_text()).collectives if x.largest > 1]  # not the sum
   assert {x.kind for x in moved} <= {"all-gather", "reduce-scatter"}
   keys = 2 * T * K * A // (sizes[1] * sizes[3])  # of the rows and heads of a device
   gathered = [x.largest for x in moved if x.kind == "all-gather"]
