@@ -35,7 +35,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from benchmark import CPU_DEVICES, Row
 from perf_agents import bench_agents
 from perf_buffer import bench_buffer
@@ -75,6 +75,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)  # JAX tells which backends there are not
   if len(argv) != 2 or argv[1] not in COMMANDS:
     sys.exit(f"error: name one of: {', '.join(COMMANDS)}\n{__doc__}")
   if CPU_DEVICES.value:

@@ -75,7 +75,8 @@ def test_bare_loop(tmp_path, capsys):
   run = f"\nimport runpy\nrunpy.run_path({str(launching.ROOT / 'launch' / 'main.py')!r}, "
   done = launching.spawn(*args, code=BLOCK + run + "run_name='__main__')")
   assert done.returncode == 0, done.stderr
-  # What is missing is said, not hidden.
+  # What is missing is said, not hidden; but not PyTorch, which nothing of ours would use.
+  assert "PyTorch" not in done.stderr
   assert "progress is plain: rich is not installed" in done.stderr
   assert "curves: not drawn, matplotlib is not installed" in done.stdout
   assert "step 2/2 | reward" in done.stdout
