@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from trinity_jax.errors import UserError
+from trinity_jax.models import sharding
 from trinity_jax.plan import topologies
 from trinity_jax.plan.topologies import CHIPS, find
 
@@ -80,3 +81,16 @@ def test_links_between_servers_are_slower():
   chip = CHIPS["h100"]
   assert chip.rate(8) == chip.link > chip.rate(16) == chip.far > 0
   assert CHIPS["v5p"].rate(256) == CHIPS["v5p"].link
+
+
+@pytest.mark.aot
+def test_sizes_that_are_no_axes_of_a_torus():
+  """JAX's own make_mesh refuses them on v5p and v6e; a run would have ended with its traceback."""
+  pytest.importorskip("libtpu", reason="libtpu is not installed (make aot-check installs it)")
+  for name, sizes in (("v5p:4x8x8", (16, 16, 1)), ("v6e:16x16", (2, 32, 4))):
+    devices = find(name).devices
+    with pytest.raises(NotImplementedError):
+      jax.make_mesh(sizes, ("a", "b", "c"), devices=devices)
+    mesh = sharding.make_mesh(*sizes, devices)
+    assert mesh.shape == dict(zip(("data", "fsdp", "tensor"), sizes)) | {"context": 1}
+    assert set(mesh.devices.flat) == set(devices)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trinity_jax.errors import UserError
@@ -68,9 +69,12 @@ def make_mesh(
       f"mesh {text} does not fit {len(devices)} device(s): the fixed sizes multiply to {known};"
       f" choose sizes that {'divide' if free else 'multiply to'} {len(devices)}"
     )
-  return jax.make_mesh(
-    tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
-  )
+  shape, types = tuple(sizes.values()), (AxisType.Auto,) * 4
+  try:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  except NotImplementedError:  # sizes that are no products of whole axes of a TPU's torus
+    split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(split, MESH_AXES, axis_types=types)
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
