@@ -60,12 +60,14 @@ def parts(devices):
   return config, model, mesh, layout, shapes
 
 
-def test_train_step(parts):
+def train_step(parts, mesh, offload=False):
+  """The train step of `parts` on a mesh, compiled; and the shape of its micro-batches."""
   import jax
   import numpy as np
 
   from trinity_jax.algorithms.algorithm import make
   from trinity_jax.build import policy_of
+  from trinity_jax.models import sharding
   from trinity_jax.models.params import abstract
   from trinity_jax.trainer import state as state_lib
   from trinity_jax.trainer import step as train
@@ -73,7 +75,7 @@ def test_train_step(parts):
   from trinity_jax.trainer.packing import pack
   from trinity_jax.trainer.trainer import pack_spec
 
-  config, model, mesh, layout, shapes = parts
+  config, model, _, _, shapes = parts
   algorithm = make(config.algorithm)
   optimizer = make_optimizer(config.optimizer, 10, abstract(model))
   zero = jax.ShapeDtypeStruct((), np.int32)
@@ -81,23 +83,50 @@ def test_train_step(parts):
   state = state_lib.TrainState(
     shapes, jax.eval_shape(optimizer.init, shapes), zero, zero, zero, coef
   )
-  shardings = state_lib.state_shardings(state, layout, optimizer, mesh)
+  layout = sharding.param_shardings(model, mesh)
+  shardings = state_lib.state_shardings(state, layout, optimizer, mesh, offload=offload)
   spec = pack_spec(config, algorithm)
   batch = pack([], spec)
   step = train.compile_step(
     mesh, shardings, batch, policy=policy_of(config, model), algorithm=algorithm,
     optimizer=optimizer, num_groups=spec.sequences,
-    max_response=config.sampler.max_response_length,
+    max_response=config.sampler.max_response_length, offload=offload,
   )  # fmt: skip
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
   with jax.set_mesh(mesh):  # as the trainer does: kernels are split over the mesh in context
-    compiled = step.lower(state, batch, zero).compile()
+    return step.lower(state, batch, zero).compile(), spec
+
+
+def test_train_step(parts):
+  compiled, _ = train_step(parts, parts[2])
   memory = compiled.memory_analysis()
-  numbers = model.num_params()
+  numbers = parts[1].num_params()
   # Parameters and two moments in float32 over 4 chips (norms are on each), and the batch.
   assert 3 * 4 * numbers / 4 <= memory.argument_size_in_bytes < 3 * 4 * numbers / 4 + 2**20
   assert memory.alias_size_in_bytes >= 3 * 4 * numbers / 4  # the state is donated
   assert "all-reduce" in compiled.as_text() or "reduce-scatter" in compiled.as_text()
+
+
+def test_train_step_with_split_rows_and_offloaded_moments(parts, devices):
+  """Two chips share each row, and gather its keys and values: no activations, nor the weights."""
+  from trinity_jax.models import sharding
+  from trinity_jax.plan import costs
+
+  model = parts[1]
+  mesh = sharding.make_mesh(1, 2, 1, devices, context=2)
+  compiled, spec = train_step(parts, mesh, offload=True)
+  text, memory, numbers = compiled.as_text(), compiled.memory_analysis(), model.num_params()
+  assert 4 * numbers / 2 <= memory.argument_size_in_bytes < 4 * numbers / 2 + 2**20
+  assert 2 * 4 * numbers / 2 <= memory.host_argument_size_in_bytes < 2 * 4 * numbers / 2 + 2**20
+  assert memory.host_alias_size_in_bytes >= 2 * 4 * numbers / 2  # written where it was read
+  rows, (T,) = spec.rows // 2, spec.row_lengths
+  keys = rows * T * model.num_kv_heads * model.head_dim
+  matrix = model.hidden_size * model.intermediate_size
+  assert matrix < rows * T * model.hidden_size  # or activations would pass for weights
+  found = [x for x in costs.cost(text).collectives if x.kind == "all-gather"]
+  places = [x for x in found if "attention" in x.op_name and "shard_map/all_gather" in x.op_name]
+  assert max(x.largest for x in places) == keys
+  assert max(x.largest for x in found if x not in places) <= matrix
 
 
 def test_plan(parts):

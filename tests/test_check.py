@@ -138,8 +138,21 @@ def test_memory_is_that_of_the_shards():
   rollouts = one["sampler"] + one["cache"] + one["sampling"]
   assert released["peak"] == kept + max(one["training"], rollouts) < one["peak"]
 
+  offload = {"trainer": dataclasses.replace(stage.trainer, offload="optimizer")}
+  offloaded = measure(offload, data=1, devices=jax.devices()[:1])
+  assert offloaded["host"] == one["optimizer"] and offloaded["optimizer"] == 0
+  there = 4 * numbers + 4 * numbers + 2 * one["optimizer"]  # gradients; moments in and out
+  needed = max(one["training"], there)
+  kept = sum(one[k] for k in ("parameters", "published", "sampler", "cache"))
+  assert offloaded["peak"] == kept + max(needed, one["sampling"]) < one["peak"]
+
   data = measure(data=8)
   assert data["parameters"] == one["parameters"] and data["cache"] * 8 == one["cache"]
+  context = measure(data=1, context=8)
+  assert {k: context[k] for k in ("parameters", "cache")} == {
+    k: data[k] for k in ("parameters", "cache")
+  }
+  assert data["training"] < context["training"] < one["training"]  # it gathers keys and values
   fsdp = measure(data=1, fsdp=8)
   assert numbers / 8 <= fsdp["parameters"] / 4 < numbers / 8 + 2000  # norms are on every device
   assert fsdp["training"] < data["training"] < one["training"]

@@ -317,6 +317,10 @@ class TrainerConfig:
     1, "Updates per batch, each on an equal part of its groups; a step is a batch.", low=1
   )
   rows_per_micro: int = key(8, "Rows per micro-batch (over all devices).", low=1)
+  offload: str = key(
+    "none", "What is in host memory between updates: 'optimizer', the moments (also the critic's).",
+    choices=("none", "optimizer"),
+  )  # fmt: skip
   save_interval: int = key(50, "Steps between checkpoints.", low=1)
   keep: int = key(2, "Checkpoints kept (the best by held-out accuracy besides).", low=1)
   save_hf: str = key(

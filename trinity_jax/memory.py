@@ -54,7 +54,8 @@ def memory_per_device(
     optimizer), sampler (the rollout weights again, one array a layer), cache (and what else the
     sampler keeps per slot): kept for the whole stage; training, sampling:
     within a step; peak: what is kept plus the larger phase; with sampler.release the sampler counts
-    for its own phase only. Where samplers have devices of their
+    for its own phase only; host, with trainer.offload: the optimizers' moments, which are in host
+    memory but for their update. Where samplers have devices of their
     own, published weights pass through there, and the peak is that of the fuller device.
   """
   numbers = held(params_lib.abstract(model), layout)
@@ -69,16 +70,22 @@ def memory_per_device(
   )
   train = {
     "parameters": master,
-    "optimizer": 0 if config.optimizer.name == "sgd" else 2 * master,
+    "optimizer": moments(config, master),
     "published": versions * numbers * rollout,
     **beside(config, algorithm, model, mesh),
   }
+  host, update = 0, 0  # bytes in host memory; moments of an update, as they were and will be
+  if config.trainer.offload == "optimizer":
+    critics = train["critic"] - train["critic"] // (1 + moments(config, 1))
+    host, update = train["optimizer"] + critics, 2 * max(train["optimizer"], critics)
+    train |= {"optimizer": 0, "critic": train["critic"] - critics}
   if config.sampler.engine != "native":  # another server samples
     own = cache = within = 0
   sample = {"sampler": own, "cache": cache}
   if training is None:  # the float32 sum over micro-batches, and one micro-batch's gradient
-    training = 4 * numbers + master + activations(config, model, mesh, spec)
-    training += 2 * one_layer(config, model, mesh)  # gathered; its gradient before it is reduced
+    step = activations(config, model, mesh, spec)
+    step += 2 * one_layer(config, model, mesh)  # gathered; its gradient before it is reduced
+    training = 4 * numbers + master + max(step, update)
   within = sampling(model, programs) if within is None else within
   kept, kept_there = sum(train.values()), sum(sample.values())
   if set(mesh.devices.flat).isdisjoint(programs.mesh.devices.flat):
@@ -87,7 +94,13 @@ def memory_per_device(
     peak = kept + max(training, kept_there + within)
   else:
     peak = kept + kept_there + max(training, within)
-  return {**train, **sample, "training": training, "sampling": within, "peak": peak}
+  out = {**train, **sample, "training": training, "sampling": within, "peak": peak}
+  return out | ({"host": host} if host else {})
+
+
+def moments(config: Config, parameters: int) -> int:
+  """What the optimizer keeps beside so much of parameters."""
+  return 0 if config.optimizer.name == "sgd" else 2 * parameters
 
 
 def beside(
@@ -109,7 +122,7 @@ def beside(
   return {
     "reference": size(c.reference) if algorithm.needs_reference else 0,
     "teacher": size(c.teacher) if algorithm.needs_teacher and c.teacher else 0,
-    "critic": critic * (1 if config.optimizer.name == "sgd" else 3),
+    "critic": critic + moments(config, critic),
   }
 
 

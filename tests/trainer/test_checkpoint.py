@@ -19,13 +19,13 @@ from trinity_jax.trainer.state import init_state
 
 @pytest.fixture
 def make_state(tools):
-  """(mesh axes, scale) -> a TrainState whose every leaf is distinct."""
+  """(mesh axes, scale, ...) -> a TrainState whose every leaf is distinct."""
 
-  def make(mesh=(1, 1, 1), scale=1.0, optimizer=None):
+  def make(mesh=(1, 1, 1), scale=1.0, optimizer=None, offload=False):
     mesh = tools.mesh_of(*mesh)
     optimizer = optimizer or optax.adamw(1e-3)
     params = jax.tree.map(lambda x: scale * x, tools.params_on(mesh))
-    state = init_state(params, optimizer, mesh)
+    state = init_state(params, optimizer, mesh, offload=offload)
     rng = np.random.default_rng(int(scale * 1000))
 
     def fill(x):
@@ -69,6 +69,19 @@ def test_restore_onto_another_mesh(tmp_path, make_state, saved, wanted):
   assert_bit_equal(restored, state)
   for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+  checkpoints.close()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_restore_with_and_without_offloading(tmp_path, make_state, before):
+  checkpoints = Checkpointer(tmp_path, keep=2)
+  state = make_state((1, 2, 1), offload=before)
+  like = make_state((1, 2, 1), scale=2.0, offload=not before)
+  checkpoints.save(1, state, {})
+  restored, _ = checkpoints.restore(1, like)
+  assert_bit_equal(restored, state)
+  kinds = lambda tree: [x.sharding.memory_kind for x in jax.tree.leaves(tree)]
+  assert kinds(restored) == kinds(like) != kinds(state)
   checkpoints.close()
 
 

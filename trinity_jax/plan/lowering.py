@@ -175,7 +175,8 @@ def train_step(stage: Stage) -> jax.stages.Lowered:
     scores=parts.scores,
   )
   longest = dataclasses.replace(stage.spec, row_lengths=stage.spec.row_lengths[-1:])
-  state = abstract_state(stage.params, parts.optimizer, mesh)
+  offload = config.trainer.offload == "optimizer"
+  state = abstract_state(stage.params, parts.optimizer, mesh, offload=offload)
   return lower_step(parts, state, pack([], longest, extras=extras))
 
 

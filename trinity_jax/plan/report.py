@@ -135,7 +135,7 @@ def memory_of(stage: Stage, compiled: dict[str, Compiled]) -> dict[str, int]:
     stage.config, stage.model, stage.meshes.train, stage.layout, stage.sampler, stage.spec,
     stage.algorithm, training=need["train step"], within=within,
   )  # fmt: skip
-  beside = ("training", "sampling", "peak", *(("sampler", "cache") if _released(stage) else ()))
+  beside = ["training", "sampling", "peak", "host"] + ["sampler", "cache"] * _released(stage)
   kept = sum(v for k, v in out.items() if k not in beside)
   out["publishing"] = need["publish"]  # before the oldest version goes
   if stage.sampler.mesh is not stage.meshes.train:
@@ -216,6 +216,8 @@ def _changes(stage: Stage) -> list[tuple[str, object]]:
     out.append(("model.remat", "full"))
   if not c.sampler.release:
     out.append(("sampler.release", True))
+  if c.trainer.offload == "none" and c.optimizer.name != "sgd":
+    out.append(("trainer.offload", "optimizer"))
   out.append(("trainer.rows_per_micro", max(1, c.trainer.rows_per_micro // 2)))
   if stage.algorithm.needs_reference and not c.algorithm.offload:
     out.append(("algorithm.offload", True))

@@ -23,7 +23,7 @@ from trinity_jax.trainer.arrays import of_micro_batch, whole_step
 from trinity_jax.trainer.frozen import load_other
 from trinity_jax.trainer.optimizer import make_optimizer
 from trinity_jax.trainer.scoring import Policy, over_micro_batches, preceding
-from trinity_jax.trainer.state import opt_shardings
+from trinity_jax.trainer.state import on_device, opt_shardings
 from trinity_jax.trainer.step import ROWS, accumulate, batch_shardings
 
 
@@ -50,14 +50,18 @@ def make_critic(
   if config.critic.path:
     params, policy = load_other(config.critic.path, "critic.path", config, policy, mesh)
   optimizer = make_critic_optimizer(config, policy)
-  return Critic(policy, optimizer), init_critic(params, optimizer, mesh)
+  offload = config.trainer.offload == "optimizer"
+  return Critic(policy, optimizer), init_critic(params, optimizer, mesh, offload=offload)
 
 
-def init_critic(model_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh):
+def init_critic(
+  model_params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, *, offload: bool = False
+) -> CriticState:
   """A critic that starts from a decoder's parameters and says 0 of everything.
 
   Args:
     model_params: sharded arrays; copied.
+    offload: as state.init_state's.
   """
   shardings = jax.tree.map(lambda p: p.sharding, model_params)
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -70,7 +74,7 @@ def init_critic(model_params: Any, optimizer: optax.GradientTransformation, mesh
 
   where = {"model": shardings, "value_head": replicated}
   shapes = jax.eval_shape(build, model_params)
-  out = CriticState(where, opt_shardings(shapes.opt_state, where, optimizer, mesh))
+  out = CriticState(where, opt_shardings(shapes.opt_state, where, optimizer, mesh, offload=offload))
   return jax.jit(build, out_shardings=out)(model_params)
 
 
@@ -113,6 +117,7 @@ def critic_step(
   optimizer: optax.GradientTransformation,
   num_groups: int,
   clip: float,
+  offload: bool = False,
 ) -> tuple[CriticState, dict[str, jax.Array]]:
   """One optimizer step towards the returns of the step's advantages; the keywords are static.
 
@@ -144,12 +149,15 @@ def critic_step(
   loss, grads, out, _ = accumulate(micro_loss, state.params, arrays, batch)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  old = state.opt_state
+  if offload:
+    old, grads = on_device(old, grads)
+  updates, opt_state = optimizer.update(grads, old, state.params)
   keep = lambda new, old: jnp.where(finite, new, old)
   params = jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params)
   metrics = stats.finish({**target_stats, **out})
   return (
-    CriticState(params, jax.tree.map(keep, opt_state, state.opt_state)),
+    CriticState(params, jax.tree.map(keep, opt_state, old)),
     {**metrics, "critic/grad_norm": norm},
   )
 

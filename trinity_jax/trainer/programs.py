@@ -110,6 +110,7 @@ def lower_step(parts: Parts, state: TrainState, batch: Batch) -> jax.stages.Lowe
     frozen_steps=c.critic.warmup if parts.critic else 0,
     kl_target=c.algorithm.kl_target,
     kl_horizon=c.algorithm.kl_horizon,
+    offload=c.trainer.offload == "optimizer",
   )
   number = jax.ShapeDtypeStruct((), np.int32)
   with jax.set_mesh(parts.mesh):  # for the layout hints inside the model
@@ -181,6 +182,7 @@ def _critic(parts: Parts, state: TrainState, batch: Batch, compiled):
     optimizer=parts.critic.optimizer,
     num_groups=parts.num_groups,
     clip=parts.config.critic.clip,
+    offload=parts.config.trainer.offload == "optimizer",
   )
   critic, shapes = jax.tree.map(_shape, state.critic), jax.tree.map(_shape, batch)
   return (

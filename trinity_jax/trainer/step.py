@@ -26,7 +26,7 @@ from trinity_jax.experience import Batch
 from trinity_jax.models.sharding import RULES
 from trinity_jax.trainer.arrays import of_micro_batch, whole_step
 from trinity_jax.trainer.scoring import Policy, token_logprobs, token_loss
-from trinity_jax.trainer.state import TrainState
+from trinity_jax.trainer.state import TrainState, on_device
 
 # Of [M, B, T]: rows, and the places in them.
 ROWS = PartitionSpec(None, RULES["batch"], RULES["sequence"])
@@ -192,6 +192,7 @@ def train_step(
   frozen_steps: int = 0,
   kl_target: float = 0.0,
   kl_horizon: int = 10000,
+  offload: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
   """One update of the parameters; the keywords are static, see `prepare`.
 
@@ -199,7 +200,8 @@ def train_step(
 
   A non-finite loss or gradient leaves params and optimizer as they were and is counted; so do the
   first `frozen_steps` steps, which are not counted. With a `kl_target` state.kl_coef follows the
-  step's KL.
+  step's KL. With `offload` the optimizer's state comes from host memory, and is on the devices for
+  the update only.
 
   Returns:
     (new state, {"metrics": dict of f32 scalars, "logprobs": f32[M, B, T] under the old params,
@@ -221,7 +223,10 @@ def train_step(
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  old = state.opt_state
+  if offload:
+    old, grads = on_device(old, grads)
+  updates, opt_state = optimizer.update(grads, old, state.params)
   learns = finite & (state.step >= frozen_steps)
   keep = lambda new, old: jnp.where(learns, new, old)
   params = jax.tree.map(keep, optax.apply_updates(state.params, updates), state.params)
@@ -233,7 +238,7 @@ def train_step(
   new_state = dataclasses.replace(
     state,
     params=params,
-    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+    opt_state=jax.tree.map(keep, opt_state, old),
     step=state.step + advance,
     nonfinite=jnp.where(finite, 0, state.nonfinite + 1),
     skipped=state.skipped + ~finite,

@@ -74,7 +74,10 @@ class Trainer:
     self._extras = extras_of(
       algorithm, teacher="teacher_logprob" in self._frozen, scores=self._scores
     )
-    self.state = init_state(params, self._parts.optimizer, mesh, algorithm.kl_coef)
+    self.state = init_state(
+      params, self._parts.optimizer, mesh, algorithm.kl_coef,
+      offload=config.trainer.offload == "optimizer",
+    )  # fmt: skip
     self.state = dataclasses.replace(self.state, critic=critic_state)
     self._shardings = jax.tree.map(lambda x: x.sharding, self.state)
     self._programs: dict[int, Programs] = {}
