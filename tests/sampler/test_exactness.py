@@ -120,8 +120,8 @@ def test_another_split_of_the_prefill(tools, engine, sampled, together, split):
 
 SLOW = [
   pytest.param(sizes, marks=pytest.mark.slow)
-  for sizes in [(8, 1, 1, 1), (4, 1, 2, 1), (1, 4, 2, 1), (2, 2, 1, 2)]
-]
+  for sizes in [(8, 1, 1, 1), (4, 1, 2, 1), (1, 4, 2, 1)]
+] + [pytest.param((2, 2, 1, 2), marks=pytest.mark.nightly)]
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 1), *SLOW], ids=str)

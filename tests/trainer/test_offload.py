@@ -43,8 +43,14 @@ def _moments(state):
   return [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    pytest.param((1, 1, 1), marks=pytest.mark.slow),
+    pytest.param((1, 2, 2), marks=pytest.mark.nightly),
+  ],
+  ids=str,
+)
 def test_training_is_bit_equal(tools, mesh):
   here, norms = _trained(tools, False, mesh)
   there, other = _trained(tools, True, mesh)

@@ -35,7 +35,7 @@ SPLITS = {
 }
 # The supervised loss has no term that the other lacks: fewer splits.
 SFT_SPLITS = ("2 x 2 x 2 devices",)
-SLOW = ("2 devices, context 4", "context 8")
+SLOW = {"2 devices, context 4": pytest.mark.slow, "context 8": pytest.mark.nightly}
 
 
 def per_token(batch, whole, name, logprobs, entropies):
@@ -106,7 +106,7 @@ class _Hashable:
   "name, split",
   [("grpo", s) for s in SPLITS if s not in SLOW]
   + [("sft", s) for s in SFT_SPLITS]
-  + [pytest.param("grpo", s, marks=pytest.mark.slow) for s in SLOW]
+  + [pytest.param("grpo", s, marks=mark) for s, mark in SLOW.items()]
 )
 def test_splits(tools, reference, name, split):
   lengths, rows, sequences, mesh, order = SPLITS[split]
