@@ -98,7 +98,7 @@ WHOLE = {
   "llama-70b-v5e-256": Case(
     "Llama-3.1-70B", "v5e:16x16", {"fsdp": 64, "tensor": 4}, 0, 0, 64, 1024
   ),
-  # Weak scaling of the train step, from qwen3-8b-v5p-16 on. (Its axes must be ones of the torus.)
+  # Weak scaling of the train step, from qwen3-8b-v5p-16 on.
   "qwen3-8b-v5p-64": Case("Qwen3-8B", "v5p:4x4x4", {"data": 4, "fsdp": 16}, 0, 0, 64, 1024),
   "qwen3-8b-v5p-256": Case("Qwen3-8B", "v5p:4x4x16", {"data": 16, "fsdp": 16}, 0, 0, 256, 1024),
   "qwen3-8b-v5p-256-wide": Case("Qwen3-8B", "v5p:4x8x8", {"data": 8, "fsdp": 32}, 0, 0, 256, 1024),
