@@ -18,7 +18,14 @@ class RunFailed(RuntimeError):
   """A run that had to stop: a dead thread, an expired wait, numbers that went wrong.
 
   Says who was waited for and where to look.
+
+  Args:
+    cause: what it is the news of, where it is not raised from there.
   """
+
+  def __init__(self, message: str, cause: BaseException | None = None):
+    super().__init__(message)
+    self.__cause__ = cause
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

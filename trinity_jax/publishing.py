@@ -293,11 +293,8 @@ class SnapshotReader:
   def _ended(self) -> RunFailed:
     error = self._closed
     if isinstance(error, RunFailed):
-      failure = type(error)(*error.args)
-    else:
-      failure = RunFailed(f"the reader of {self.directory} is closed: no version will come")
-    failure.__cause__ = error
-    return failure
+      return type(error)(*error.args, cause=error)
+    return RunFailed(f"the reader of {self.directory} is closed: no version will come", error)
 
   # --- what is there -----------------------------------------------------------------------------
 

@@ -191,6 +191,4 @@ class Synchronizer:
     return self._ended() if self._closed is not None else None
 
   def _ended(self) -> RunFailed:
-    failure = RunFailed("the synchronizer is closed: no version will come")
-    failure.__cause__ = self._closed
-    return failure
+    return RunFailed("the synchronizer is closed: no version will come", self._closed)

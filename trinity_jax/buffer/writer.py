@@ -130,6 +130,4 @@ class Writer:
 
 
 def _ended(error: BaseException) -> RunFailed:
-  failure = RunFailed("the replay buffer is closed")
-  failure.__cause__ = error
-  return failure
+  return RunFailed("the replay buffer is closed", error)

@@ -181,9 +181,8 @@ class Desk:
     """A new exception for each who waits: they are raised in several tasks."""
     if self.error is None:
       return RunFailed("the sampler was closed")
-    failure = RunFailed(f"the sampler thread has died: {type(self.error).__name__}: {self.error}")
-    failure.__cause__ = self.error
-    return failure
+    why = f"the sampler thread has died: {type(self.error).__name__}: {self.error}"
+    return RunFailed(why, self.error)
 
   def _refuse_if_closed(self) -> None:
     if self._ended or self._draining or self._stopping:

@@ -191,9 +191,8 @@ class OpenAIEngine:
     """A new exception for each who waits: they are raised in several tasks."""
     if self.error is None:
       return RunFailed(f"the engine of {self._base} was closed")
-    failure = RunFailed(f"the engine of {self._base} could not change its weights: {self.error}")
-    failure.__cause__ = self.error
-    return failure
+    why = f"the engine of {self._base} could not change its weights: {self.error}"
+    return RunFailed(why, self.error)
 
   def _check(self, request: Request) -> None:
     prompt = len(request.tokens)

@@ -170,9 +170,7 @@ class RemoteSampler:
   def _failure(self) -> RunFailed:
     if self.error is None:
       return RunFailed(f"the sampler of {self._name} was closed")
-    failure = RunFailed(f"the sampler of {self._name} is lost: {self.error}")
-    failure.__cause__ = self.error
-    return failure
+    return RunFailed(f"the sampler of {self._name} is lost: {self.error}", self.error)
 
 
 class Host:
