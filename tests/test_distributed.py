@@ -247,6 +247,14 @@ def same(a, b):
     pytest.param(2, (), marks=pytest.mark.nightly),
     (2, ("--config.mesh.data=1", "--config.mesh.fsdp=4")),
     pytest.param(4, ("--config.mesh.data=2", "--config.mesh.fsdp=2"), marks=pytest.mark.nightly),
+    pytest.param(
+      2,
+      ("--config.mesh.data=2", "--config.mesh.context=2", "--config.trainer.row_lengths=(14,)"),
+      marks=pytest.mark.nightly,
+    ),
+    pytest.param(
+      2, ("--config.mesh.fsdp=2", "--config.trainer.offload=optimizer"), marks=pytest.mark.nightly
+    ),
   ],
 )
 def test_several_processes_train_as_one_does(recipe, one, tmp_path, count, flags):

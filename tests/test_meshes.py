@@ -23,18 +23,18 @@ from trinity_jax.run import run
 SUMS = "trinity_jax.tasks.arithmetic:generate"
 
 
-def config(mesh=(1, 1, 1), **sampler):
+def config(mesh=(1, 1, 1), context=1, **sampler):
   c = base_config()
   c.model.tiny = dict(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=64)
   c.monitor.progress, c.monitor.tensorboard = "none", False
-  c.mesh.data, c.mesh.fsdp, c.mesh.tensor = mesh
+  c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context = *mesh, context
   c.taskset.generate, c.taskset.generate_args = SUMS, dict(split="rl", rows=16)
   c.taskset.reward = "arithmetic"
   c.sampler.max_prompt_length, c.sampler.max_response_length, c.sampler.slots = 9, 4, 8
   c.sampler.prefill_batches, c.sampler.cache_buckets = (4,), (13,)
   c.sampler.prompt_buckets = (9,)
   c.explorer.batch_size, c.explorer.group_size = 4, 4
-  c.trainer.row_lengths, c.trainer.rows_per_micro, c.trainer.total_steps = (13,), 8, 3
+  c.trainer.row_lengths, c.trainer.rows_per_micro, c.trainer.total_steps = (16,), 8, 3
   c.trainer.save_hf = "never"
   for key, value in sampler.items():
     c.sampler[key] = value
@@ -45,6 +45,7 @@ def config(mesh=(1, 1, 1), **sampler):
   ("mesh", "keys", "train", "rollout"),
   [
     ((2, 2, 2), {}, range(8), [range(8)]),
+    ((-1, 2, 1), {"context": 2}, range(8), [range(8)]),
     ((2, 1, 2), {"devices": 4, "replicas": 2}, range(4), [range(4, 6), range(6, 8)]),
     ((-1, 1, 2), {"devices": 2, "tensor": 1}, range(6), [range(6, 8)]),
     ((8, 1, 1), {"replicas": 4, "tensor": 1}, range(8), [range(i, i + 2) for i in (0, 2, 4, 6)]),
@@ -56,6 +57,7 @@ def test_devices_are_split(mesh, keys, train, rollout):
   assert ids(meshes.train) == list(train)
   assert [ids(m) for m in meshes.rollout] == [list(r) for r in rollout]
   assert meshes.shared == ("devices" not in keys)
+  assert meshes.train.shape["context"] == keys.get("context", 1)
   if "tensor" in keys:
     assert all(m.shape["tensor"] == keys["tensor"] for m in meshes.rollout)
 
@@ -93,6 +95,7 @@ def _rows(c, workdir):
   [
     ((2, 1, 2), {"devices": 4, "replicas": 2, "tensor": 2}),
     pytest.param((4, 2, 1), {"replicas": 2, "tensor": 2}, marks=pytest.mark.slow),
+    pytest.param((2, 2, 1), {"context": 2}, marks=pytest.mark.slow),
   ],
 )
 def test_a_run_is_the_same_whoever_samples(one_device, tmp_path, mesh, keys):

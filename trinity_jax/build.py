@@ -164,7 +164,8 @@ def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
     raise UserError(
       f"config.sampler.devices = {own}: there are {len(devices)} devices, and training needs some"
     )
-  train = sharding.make_mesh(m.data, m.fsdp, m.tensor, devices[: len(devices) - own])
+  mine = devices[: len(devices) - own]
+  train = sharding.make_mesh(m.data, m.fsdp, m.tensor, mine, context=m.context)
   here = [d for d in devices if d.process_index == jax.process_index()]
   if len(here) < len(devices):
     return Meshes(train, (_local_rollout(config, here),))
