@@ -143,7 +143,9 @@ class RemoteSampler:
       self.version, self._news = header["version"], header
       return
     with self._lock:
-      future = self._open.pop(header["number"])
+      future = self._open.pop(header["number"], None)
+    if future is None:  # failed already, with all others
+      return
     if kind == "done":
       columns = {name: arrays[name] for name in _COLUMNS}
       future.set_result(Completion(**columns, stop_reason=StopReason(header["stop_reason"])))
