@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 # CPU torch is for parity tests only; without it a dependency might pull CUDA builds.
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test slow nightly check perf aot-check gpu-check env dev clean
+.PHONY: quickstart test notebooks slow nightly check perf aot-check gpu-check env dev clean
 
 env: $(VENV)/.run
 dev: $(VENV)/.dev
@@ -34,6 +34,12 @@ quickstart: $(VENV)/.run
 # Two processes: much of a test is compiling, on one core.
 test: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not nightly and not aot'
+
+# The notebooks, executed from top to bottom: in a copy, since they write beside themselves.
+notebooks: $(VENV)/.dev
+	rm -rf build/notebooks && mkdir -p build && cp -r colab build/notebooks
+	$(PY) -m pytest -c /dev/null --rootdir=build/notebooks --nbmake --nbmake-timeout=1800 \
+	  --durations=0 build/notebooks
 
 slow: $(VENV)/.dev
 	$(PY) -m pytest -m 'slow and not nightly and not aot' --timeout=2700
