@@ -84,35 +84,15 @@ class Stage:
 
     layout = sharding.param_shardings(self.model, self.mesh)
     params, _ = hf.load(model_path, dtype=jnp.dtype(config.model.param_dtype), shardings=layout)
-    rollout_dtype = jnp.dtype(config.model.rollout_dtype or config.model.dtype)
     self.checkpoints = Checkpointer(directory / "checkpoints", config.trainer.keep, world)
-    self.buffer, self.publisher = None, None
+    self.buffer = None
     self._followed: Followed | None = None
     if not self.offline and world.leader:
       saved = self.checkpoints.latest_step() or 0
       self.buffer = build.make_buffer(config, self.schedule, directory, saved)
     self.bell = self.buffer.bell if self.buffer is not None else ThreadBell()
-    self.synchronizer = Synchronizer(
-      layout,
-      rollout_dtype,
-      self.launch,
-      keep=build.kept_versions(self.schedule),
-      timeout=config.sync.timeout,
-      bell=self.bell,
-      pinned=self._awaits_evaluation,
-      localize=self._localize,
-    )
-    if not self.offline and config.mode == "train":
-      self.publisher = SnapshotPublisher(
-        directory / "weights",
-        keep=build.kept_versions(self.schedule),
-        bell=self.bell,
-        probe=make_probe(self.model, self.launch),
-        launch=self.launch,
-        world=world,
-      )
-      if world.leader:
-        announce(directory, model_path)
+    self.synchronizer = self._make_synchronizer(layout)
+    self.publisher = self._make_publisher()
     self.trainer = Trainer(
       config,
       self.algorithm,
@@ -139,6 +119,34 @@ class Stage:
     }
     for version, score in self._evaluated.items():
       self.checkpoints.offer_best(version, score)  # a kill may have come in between
+
+  def _make_synchronizer(self, layout: Any) -> Synchronizer:
+    return Synchronizer(
+      layout,
+      jnp.dtype(self.config.model.rollout_dtype or self.config.model.dtype),
+      self.launch,
+      keep=build.kept_versions(self.schedule),
+      timeout=self.config.sync.timeout,
+      bell=self.bell,
+      pinned=self._awaits_evaluation,
+      localize=self._localize,
+    )
+
+  def _make_publisher(self) -> SnapshotPublisher | None:
+    """Where explorers are processes of their own: what brings them the weights."""
+    if self.offline or self.config.mode != "train":
+      return None
+    publisher = SnapshotPublisher(
+      self.directory / "weights",
+      keep=build.kept_versions(self.schedule),
+      bell=self.bell,
+      probe=make_probe(self.model, self.launch),
+      launch=self.launch,
+      world=self.world,
+    )
+    if self.world.leader:
+      announce(self.directory, self.model_path)
+    return publisher
 
   @property
   def offline(self) -> bool:
