@@ -42,7 +42,7 @@ notebooks: $(VENV)/.dev
 	  --durations=0 build/notebooks
 
 slow: $(VENV)/.dev
-	$(PY) -m pytest -m 'slow and not nightly and not aot' --timeout=2700
+	$(PY) -m pytest -n 2 --dist loadfile -m 'slow and not nightly and not aot' --timeout=2700
 
 nightly: $(VENV)/.dev
 	$(PY) -m pytest --timeout=86400
