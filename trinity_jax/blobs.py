@@ -23,16 +23,6 @@ def pack(name: str, header: Any, arrays: Mapping[str, np.ndarray]) -> bytes:
   return save(whole, metadata={name: json.dumps(header, default=float), "format": "1"})
 
 
-def unpack_header(name: str, data: bytes) -> Any:
-  """What `pack` was given as header.
-
-  Raises:
-    ValueError, LookupError, TypeError: damaged, or of another name.
-  """
-  size = int.from_bytes(data[:8], "little")
-  return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][name])
-
-
 def unpack(name: str, data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
   """(header, arrays) of `pack`.
 
@@ -41,4 +31,5 @@ def unpack(name: str, data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
   """
   from safetensors.numpy import load
 
-  return unpack_header(name, data), load(data)
+  size = int.from_bytes(data[:8], "little")
+  return json.loads(json.loads(data[8 : 8 + size])["__metadata__"][name]), load(data)

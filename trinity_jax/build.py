@@ -16,7 +16,7 @@ from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.buffer.store import open_store
 from trinity_jax.config import Config, taskset_config
-from trinity_jax.distributed import Channel, World
+from trinity_jax.distributed import Channel
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience, Task
 from trinity_jax.explorer.explorer import Explorer, Versions, tasks_per_batch
@@ -281,11 +281,6 @@ def make_engine(
     )
   remote = [RemoteSampler(channel, samplers[0].spec) for channel in others]
   return samplers[0] if len(samplers + remote) == 1 else SamplerPool([*samplers, *remote])
-
-
-def samples_here(config: Config, world: World) -> bool:
-  """Whether this process has a sampler, in a stage that has any: a server is asked by one only."""
-  return world.leader or config.sampler.engine != "openai"
 
 
 def make_explorer(

@@ -164,12 +164,17 @@ class Stage:
     c = self.config
     return bool(c.eval.tasksets) if self.offline else c.mode != "train"
 
+  @property
+  def _samples(self) -> bool:
+    """Whether this process has a sampler where any has: a remote server is asked by one only."""
+    return self.world.leader or self.config.sampler.engine != "openai"
+
   def _localize(self, params: Any) -> Any:
     """Published parameters on this process's own devices, where there are several processes."""
     if self.world.count == 1 or not self.explores:
       return params
-    rollout, here = self.meshes.rollout[0], build.samples_here(self.config, self.world)
-    to = sharding.param_shardings(self.model, rollout) if here else None
+    rollout = self.meshes.rollout[0]
+    to = sharding.param_shardings(self.model, rollout) if self._samples else None
     return to_local(params, to, self.launch)
 
   def _resume(self) -> bool:
@@ -284,7 +289,7 @@ class Stage:
 
   def _make_engine(self) -> RolloutEngine | None:
     """This process's sampler; the leader's is all of them."""
-    if not build.samples_here(self.config, self.world):
+    if not self._samples:
       return None
     others = range(1, self.world.count) if self.world.leader else ()
     return build.make_engine(
