@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import re
 import sys
 import traceback
@@ -251,6 +250,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  # That there is no PyTorch is as it should be; transformers would warn of it.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   sys.exit(main(sys.argv))

@@ -46,7 +46,7 @@ NOTES = """
 - v6e is bound by its memory: over fsdp 16 XLA multiplies piece by piece while the next piece of a
   weight arrives, and reads and writes float32 sums of the whole result each time (4.2 TB). With
   LIBTPU_INIT_ARGS=--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 in the environment it
-  moves 1.4 TB and sends 88 GB instead of 67: 1.54 s instead of 2.70. A v5p has more bandwidth for
+  moves 1.4 TB and sends 88 GB instead of 67: 1.54 s instead of 2.71. A v5p has more bandwidth for
   its FLOPs and is not bound so. Nobody has measured either on a chip.
 """
 WEAK = """
