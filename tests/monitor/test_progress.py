@@ -67,6 +67,22 @@ def test_plain_line_by_hand():
     'step 3/41 | eta 1m54s | "12+39=" -> "51" (1), was "41"']
 
 
+def test_evaluation_after_a_step_keeps_the_pace():
+  clock, console = Clock(), pipe()
+  view = Progress(console=console, clock=clock)
+  for step in (1, 2, 3):
+    clock.now = 2.0 * step
+    view.update(step, 5)
+  clock.now = 7.0
+  view.update(3, 5, {"eval/accuracy": 0.5})  # a row of its own, of the same step
+  clock.now = 9.0
+  view.update(4, 5)
+  clock.now = 0.0
+  view.update(1, 5)  # another stage
+  lines = output(console).splitlines()
+  assert [line.split("eta ")[1] for line in lines] == ["?", "6s", "4s", "4s", "2s", "?"]
+
+
 def test_plain_without_total_and_none():
   console = pipe()
   view = Progress(console=console)

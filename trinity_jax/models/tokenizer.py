@@ -6,6 +6,7 @@ Text is tokenised once; what is trained on is always the ids that were sampled.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def load(path: str | Path) -> Tokenizer:
   Raises:
     UserError: the folder or the tokenizer in it is missing or unreadable, or no stop id is known.
   """
+  # That there is no PyTorch is as it should be; transformers would warn of it.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import AutoTokenizer
 
   path = Path(path)

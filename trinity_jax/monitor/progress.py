@@ -149,9 +149,10 @@ class Progress:
 
   def _absorb(self, step: int, total: int, metrics: Mapping[str, Any],
               samples: Sequence[Sample]) -> None:
-    if self._times and step <= self._times[-1][0]:
-      self._times.clear()  # another stage, or the same step again
-    self._times.append((step, self._clock()))
+    if self._times and step < self._times[-1][0]:
+      self._times.clear()  # another stage
+    if not self._times or step > self._times[-1][0]:  # once a step: an evaluation shows its own row
+      self._times.append((step, self._clock()))
     self._step, self._total, self._row = step, total, dict(metrics)
     self._shown.update(metrics)
     for name, curve in self._curves.items():

@@ -173,15 +173,17 @@ def restore_params(directory: Path, step: int, like: Any) -> Any:
   import orbax.checkpoint as ocp
 
   path = Path(directory).absolute() / str(step) / "state"
-  handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+  tree = ocp.PyTreeCheckpointHandler()
+  handler = ocp.Checkpointer(tree)
   try:
-    saved: Any = handler.metadata(path)
-    saved = getattr(saved, "item_metadata", saved)
-    if saved is None:
+    try:
+      # The handler's own metadata() wants a file that only managers' folders have.
+      saved: Any = tree.metadata(path)  # type: ignore[arg-type]
+    except (FileNotFoundError, ValueError) as e:  # tensorstore's NOT_FOUND is a ValueError
       raise UserError(
         f"checkpoint {path.parent} is damaged or was deleted: it says nothing of its parameters; "
         "delete it, or take another"
-      )
+      ) from e
     if wrong := _differences(getattr(saved, "tree", saved)["params"], like):
       raise UserError(f"checkpoint {path.parent} does not fit the model: {wrong}")
     how = jax.tree.map(lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype), like)
