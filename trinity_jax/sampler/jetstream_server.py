@@ -57,7 +57,7 @@ def load_engine(
   if max_prompt + max_response > config.max_position_embeddings:
     raise UserError(
       f"max_prompt + max_response = {max_prompt + max_response}: the model has positions for "
-      f"{config.max_position_embeddings}"
+      f"{config.max_position_embeddings}; ask for fewer tokens of either"
     )
   if data * tensor > len(jax.devices()):
     raise UserError(f"data x tensor = {data * tensor}: there are {len(jax.devices())} devices")
