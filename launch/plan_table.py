@@ -32,6 +32,8 @@ float32 parameters and AdamW, remat full, micro-batches chosen by `trinity_jax/p
 GB per device. Times are estimates: the larger of FLOPs and memory traffic at published rates
 (`trinity_jax/plan/topologies.py`), and collectives that do not overlap; nothing was run.
 
+- samplers: of each host, and the devices that share a head's weights; released: sampler.release,
+  while the trainer works; elsewhere: explorers of their own.
 - kept: parameters, optimizer, published and sampler's weights, cache; peak: with the phase that
   needs most, by the compiler's count; check: --mode=check's estimate, which compiles nothing.
 - all-gather: elements of the train step's largest one over the parameters of one layer.
@@ -75,9 +77,10 @@ WEAK_COLUMNS = (
 class Case(NamedTuple):
   """Attributes:
   mesh: sizes of the training mesh.
-  samplers, tensor: independent samplers and how many devices share a head's weights; 0: none on
-    these devices.
+  samplers, tensor: independent samplers of a host, and devices that share a head's weights; 0: none
+    here.
   slots: of each sampler. length: tokens of a prompt, and of a response.
+  release: sampler.release.
   """
 
   model: str
@@ -87,13 +90,16 @@ class Case(NamedTuple):
   tensor: int
   slots: int
   length: int
+  release: bool = False
 
 
 WHOLE = {
   "qwen3-0.6b-v5e-4": Case("Qwen3-0.6B", "v5e:2x2", {"fsdp": 4}, 4, 1, 8, 1024),
   "qwen3-8b-v5p-16": Case("Qwen3-8B", "v5p:2x2x4", {"fsdp": 16}, 1, 4, 128, 1024),
-  "qwen3-8b-v6e-16": Case("Qwen3-8B", "v6e:4x4", {"fsdp": 16}, 0, 0, 64, 1024),
-  "llama-70b-v5p-256": Case("Llama-3.1-70B", "v5p:4x8x8", {"data": 4, "fsdp": 64}, 0, 0, 32, 1024),
+  "qwen3-8b-v6e-16": Case("Qwen3-8B", "v6e:4x4", {"fsdp": 16}, 1, 4, 64, 1024, True),
+  "llama-70b-v5p-256": Case(
+    "Llama-3.1-70B", "v5p:4x8x8", {"data": 4, "fsdp": 64}, 1, 4, 32, 1024, True
+  ),
   # Its weights do not fit a host of v5e: explorers of their own sample.
   "llama-70b-v5e-256": Case(
     "Llama-3.1-70B", "v5e:16x16", {"fsdp": 64, "tensor": 4}, 0, 0, 64, 1024
@@ -120,7 +126,7 @@ def config_of(case: Case, devices: int) -> Any:
   s.prompt_buckets, s.cache_buckets = (case.length,), (2 * case.length,)
   s.prefill_batches, s.slots = (1,), case.slots
   s.engine = "native" if case.samplers else "openai"
-  s.replicas, s.tensor = max(1, case.samplers), case.tensor
+  s.replicas, s.tensor, s.release = max(1, case.samplers), case.tensor, case.release
   c.explorer.group_size = 8
   c.explorer.batch_size = max(1, TOKENS * devices // (2 * case.length) // c.explorer.group_size)
   c.trainer.rows_per_micro = devices  # of any mesh; chosen below
@@ -149,7 +155,7 @@ def figures_of(name: str, case: Case) -> tuple[dict[str, Any], list[str]]:
   train, decode = made.times["train step"], made.times.get("decode")
   row = [
     f"{name} ({case.topology})", _mesh(case),
-    f"{case.samplers}, tensor {case.tensor}" if case.samplers else "elsewhere",
+    _samplers(case),
     f"{made.stage.micros} of {made.stage.spec.rows} x {max(made.stage.spec.row_lengths)}",
     gb(kept), temp("train step"), temp("prefill"), temp("decode"), gb(made.peak),
     gb(made.chip.memory), "yes" if made.fits else "no", gb(made.estimate["peak"]),
@@ -163,6 +169,12 @@ def figures_of(name: str, case: Case) -> tuple[dict[str, Any], list[str]]:
   return {"row": row, "train": {**train._asdict(), "total": train.total, "sent": sent}}, problems(
     name, made
   )
+
+
+def _samplers(case: Case) -> str:
+  if not case.samplers:
+    return "elsewhere"
+  return f"{case.samplers}, tensor {case.tensor}" + ", released" * case.release
 
 
 def _mesh(case: Case) -> str:
