@@ -161,7 +161,8 @@ def test_memory_is_that_of_the_shards():
   layer = 4 * (numbers - outside) // m.num_layers
   for tensor in (1, 2):
     grid = sharding.make_mesh(1, 8 // tensor, tensor)
-    assert one_layer(stage, model, grid) == layer // tensor
+    assert one_layer(model, grid, "float32") == layer // tensor
+  assert fsdp["sampling"] - data["sampling"] == 2 * layer + 4 * m.vocab_size * m.hidden_size
 
   # Two devices of each kind: neither holds what only the other needs.
   train = sharding.make_mesh(1, 2, 1, jax.devices()[:2])

@@ -84,7 +84,8 @@ def memory_per_device(
   sample = {"sampler": own, "cache": cache}
   if training is None:  # the float32 sum over micro-batches, and one micro-batch's gradient
     step = activations(config, model, mesh, spec)
-    step += 2 * one_layer(config, model, mesh)  # gathered; its gradient before it is reduced
+    layer = one_layer(model, mesh, config.model.dtype)
+    step += 2 * layer  # gathered; its gradient before it is reduced
     training = 4 * numbers + master + max(step, update)
   within = sampling(model, programs) if within is None else within
   kept, kept_there = sum(train.values()), sum(sample.values())
@@ -133,12 +134,11 @@ def held(specs: Any, layout: Any) -> int:
   return sum(math.prod(s.shard_shape(spec.shape)) for spec, s in zip(leaves, shardings))
 
 
-def one_layer(config: Config, model: ModelConfig, mesh: Mesh) -> int:
-  """Bytes on one device of one layer's parameters in the dtype they are used in, gathered over all
-  axes of the mesh but tensor."""
+def one_layer(model: ModelConfig, mesh: Mesh, dtype: Any) -> int:
+  """Bytes on one device of one layer's parameters, gathered over all axes but tensor."""
   layers = jax.tree.leaves(params_lib.abstract(model)["layers"])
   numbers = sum(math.prod(spec.shape[1:]) for spec in layers)
-  return jnp.dtype(config.model.dtype).itemsize * numbers // mesh.shape["tensor"]
+  return jnp.dtype(dtype).itemsize * numbers // mesh.shape["tensor"]
 
 
 def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) -> int:
@@ -168,7 +168,8 @@ def activations(config: Config, model: ModelConfig, mesh: Mesh, spec: PackSpec) 
 def sampling(model: ModelConfig, programs: Programs) -> int:
   """The larger of a decode step's and an extend's logits, scores and mlp, on one device.
 
-  Both work in the cache itself. An extend's scores are of one block of entries at a time.
+  Both work in the cache itself. An extend's scores are of one block of entries at a time. Weights
+  that are split over fsdp are gathered: a layer's, the next one's, and those of the vocabulary.
   """
   spec, tensor = programs.spec, programs.mesh.shape["tensor"]
   size, C, H = jnp.dtype(spec.dtype).itemsize, spec.cache_length, model.num_heads // tensor
@@ -178,4 +179,8 @@ def sampling(model: ModelConfig, programs: Programs) -> int:
   decode = spec.slots // programs.shards * (layer + 4 * H * C + logits)
   rows, T = max(programs.prompt_counts), max(programs.prompt_lengths)
   extend = rows * (T * (layer + 4 * H * min(C, BLOCK)) + logits)
-  return max(decode, extend)
+  gathered = 0
+  if programs.mesh.shape["fsdp"] > 1:
+    vocabulary = size * model.vocab_size * model.hidden_size // tensor
+    gathered = 2 * one_layer(model, programs.mesh, spec.dtype) + vocabulary
+  return gathered + max(decode, extend)

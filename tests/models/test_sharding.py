@@ -72,11 +72,16 @@ def test_with_cache_equals_one_device():
     )  # fmt: skip
     return hidden, transformer.logits(params, CONFIG, hidden)
 
+  def waits(params) -> int:
+    return run.lower(params, tokens, positions, segment_ids).as_text().count("optimization_barrier")
+
   want = run(params, tokens, positions, segment_ids)
+  assert waits(params) == 0
   placed = jax.device_put(params, sharding.param_shardings(CONFIG, mesh))
   rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
   with jax.set_mesh(mesh):
     got = run(placed, *jax.device_put((tokens, positions, segment_ids), rows))
+    assert waits(placed) == CONFIG.num_layers - 1  # gathers of a layer wait for the one before
   for a, b in zip(got, want):
     np.testing.assert_allclose(a, b, atol=1e-5)
   hidden = transformer.forward(params, CONFIG, tokens, positions, segment_ids)

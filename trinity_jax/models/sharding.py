@@ -159,6 +159,17 @@ def constrain(x: jax.Array, axes: Sequence[str | None], rules: Rules = RULES) ->
   return jax.lax.with_sharding_constraint(x, spec)
 
 
+def gather_after(weights: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+  """(weights, x) as they are; on a mesh that splits weights, none is gathered before x is computed.
+
+  Left to itself the compiler gathers, of a chain of layers, as many as fit the device, not knowing
+  what else is there: in Llama-3.1-70B's decode step on v5e:16x16 15 GB, where 1.5 do as well.
+  """
+  if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+    return weights, x
+  return jax.lax.optimization_barrier((weights, x))
+
+
 def fold(x: jax.Array) -> jax.Array:
   """x [B, T, ...] -> [B * T, ...] in one order for all x of a shape; `unfold` is the inverse.
 

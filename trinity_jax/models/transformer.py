@@ -23,7 +23,7 @@ from trinity_jax.errors import UserError
 from trinity_jax.models import rope
 from trinity_jax.models.params import Params, ParamSpec, abstract, check, init, output_weight
 from trinity_jax.models.presets import ModelConfig
-from trinity_jax.models.sharding import constrain
+from trinity_jax.models.sharding import constrain, gather_after
 
 __all__ = [
   "ParamSpec",
@@ -122,10 +122,12 @@ def with_cache(
   cos, sin = rope.tables(config, positions)
   rest = (None,) * (tokens.ndim - 1)
   x = _embed(params, tokens, dtype, ("slot_replicas", *rest), ("slots", *rest))
-  layers = params["layers"]
-  for i, weights in enumerate(layers):
+  layers = list(params["layers"])
+  for i in range(len(layers)):
+    if i + 1 < len(layers):  # so that its weights travel while this layer computes
+      layers[i + 1], x = gather_after(layers[i + 1], x)
     wanted = last if i == len(layers) - 1 else None
-    x = _block(weights, config, x, cos, sin, functools.partial(attend, i), wanted)
+    x = _block(layers[i], config, x, cos, sin, functools.partial(attend, i), wanted)
   return _rms_norm(x, params["final_norm"], config)
 
 
