@@ -22,6 +22,7 @@ from trinity_jax.trainer import step as train
 from trinity_jax.trainer.extras import extras_of, state_ids, step_rewards, token_rewards
 from trinity_jax.trainer.minibatches import joined, minibatches
 from trinity_jax.trainer.packing import PackSpec, assign_rows, pack
+from trinity_jax.trainer.state import HOST
 from trinity_jax.trainer.trainer import Trainer, pack_spec
 
 
@@ -76,6 +77,21 @@ def test_critic_learns_while_the_policy_waits(tools):
   assert not same(trainer.state.params, start) and trainer.step_number == 13
   # The policy's schedule has not begun.
   assert [r["lr"] for r in rows] == pytest.approx([1e-2 / 4] * 13)
+
+
+@pytest.mark.slow
+def test_a_critic_whose_moments_are_in_host_memory(tools):
+  experiences = tools.make_experiences()
+  here, there = (
+    make_trainer(tools, "ppo", mesh=(1, 2, 1), trainer__offload=where)
+    for where in ("none", "optimizer")
+  )
+  for _ in range(3):
+    assert here.step(experiences) == there.step(experiences)
+  assert same(here.state, there.state)
+  moments = [x for x in jax.tree.leaves(there.state.critic.opt_state) if x.ndim]
+  assert {x.sharding.memory_kind for x in moments} == {HOST}
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(there.state.critic.params)} == {"device"}
 
 
 def test_value_targets_by_hand():
