@@ -148,7 +148,7 @@ def test_plan(parts):
 
 
 def test_plan_of_several_hosts(parts):
-  """The sampler has the devices of one of them, and is compiled for those."""
+  """Each has a sampler, of its own devices, which is compiled for those."""
   from trinity_jax.plan import lowering
   from trinity_jax.plan.topologies import find
 
@@ -157,7 +157,7 @@ def test_plan_of_several_hosts(parts):
   config = dataclasses.replace(parts[0], trainer=limits, mesh=mesh)
   target = find("v6e:4x4")
   stage = lowering.stage_on(config, target.devices, target.host)
-  assert stage.sampler.mesh.size == stage.lowered.mesh.size == 4
+  assert stage.samplers == stage.sampler.mesh.size == stage.lowered.mesh.size == 4
   lower, _ = lowering.programs(stage)["decode"]
   assert lower().compile().memory_analysis().temp_size_in_bytes > 0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import launching
+import numpy as np
 import pytest
 
 from trinity_jax.config import base_config, resolve
@@ -93,6 +95,19 @@ def test_step(made):
   # One prompt of a group on each of two shards at a time; three waves of eight slots, 8 tokens.
   assert plan.step == pytest.approx(
     {"prefill": 3 * 1e-3, "decode": 3 * 8 * 1e-3, "train": 7e-3, "publish": 2e-3}
+  )
+
+
+def test_every_host_samples(made):
+  """Two hosts of two devices, each with eight slots: two waves instead of three."""
+  plan = made()
+  devices = np.array([types.SimpleNamespace(process_index=i // 2) for i in range(4)])
+  hosts = plan.stage.meshes._replace(train=types.SimpleNamespace(devices=devices))
+  stage = plan.stage._replace(meshes=hosts)
+  assert (plan.stage.samplers, stage.samplers) == (1, 2)
+  times = {name: plan.times[name] for name in ("prefill", "decode")}
+  assert report.step_seconds(stage, times, CHIP) == pytest.approx(
+    {"prefill": 2 * 1e-3, "decode": 2 * 8 * 1e-3}
   )
 
 

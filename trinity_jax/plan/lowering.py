@@ -52,6 +52,12 @@ class Stage(NamedTuple):
   params: Any
 
   @property
+  def samplers(self) -> int:
+    """Independent ones of the whole stage: where several processes train, one in each."""
+    processes = {d.process_index for d in self.meshes.train.devices.flat}
+    return len(processes) if len(processes) > 1 else len(self.meshes.rollout)
+
+  @property
   def longest(self) -> int:
     """Tokens of the longest sequence there can be."""
     return self.config.sampler.max_prompt_length + self.config.sampler.max_response_length

@@ -156,12 +156,11 @@ def step_seconds(stage: Stage, times: dict[str, Times], chip: Chip) -> dict[str,
   c, sampler = stage.config, stage.sampler
   out = {}
   if not stage.algorithm.supervised and "prefill" in times and "decode" in times:
-    engines = len(stage.meshes.rollout)
     chunk, rows = max(sampler.prompt_lengths), max(sampler.prompt_counts) * sampler.shards
-    calls = -(-c.explorer.batch_size // (rows * engines))  # the runs of a group share one
+    calls = -(-c.explorer.batch_size // (rows * stage.samplers))  # the runs of a group share one
     chunks = -(-c.sampler.max_prompt_length // chunk)
     runs = c.explorer.batch_size * c.explorer.group_size
-    waves = -(-runs // (c.sampler.slots * engines))
+    waves = -(-runs // (c.sampler.slots * stage.samplers))
     out["prefill"] = calls * chunks * times["prefill"].total
     out["decode"] = waves * c.sampler.max_response_length * times["decode"].total
   if "train step" in times:
@@ -246,7 +245,7 @@ def render(made: Plan) -> str:
     f"{_gb(chip.memory)} GB at {chip.bandwidth / 1e9:.4g} GB/s, links {chip.link / 1e9:.3g} GB/s "
     f"({chip.source})",
     "mesh": mesh
-    + ("" if rollout is stage.meshes.train else f"; {len(stage.meshes.rollout)} samplers of "
+    + ("" if rollout is stage.meshes.train else f"; {stage.samplers} samplers of "
        f"{', '.join(f'{k} {v}' for k, v in rollout.shape.items())}"),
     "step": f"{spec.sequences} sequences of up to {stage.longest} tokens: {stage.micros} "
     f"micro-batches of {spec.rows} x {max(spec.row_lengths)}, "
