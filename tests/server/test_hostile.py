@@ -245,6 +245,13 @@ def written(served, tokens, chat):
   return writer.whole([answer])["choices"][0]["logprobs"]
 
 
+@pytest.mark.parametrize(("version", "fingerprint"), [(3, "version-3"), (-1, None)])
+def test_fingerprint_is_the_version_of_a_run(served, version, fingerprint):
+  ask = protocol.read_chat({"messages": [{"role": "user", "content": "a"}]})
+  found = Writer(ask, served.tokenizer, "policy", version).whole([])
+  assert found["system_fingerprint"] == fingerprint
+
+
 def test_parts_of_characters_have_their_bytes_and_their_place(served):
   text = "aé\U0001f600b"
   tokens = served.tokenizer.encode(text)

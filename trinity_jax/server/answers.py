@@ -21,7 +21,7 @@ class Writer:
 
   Args:
     model: the name under which the policy is served.
-    version: the policy version when the request came.
+    version: the policy version when the request came; below 0 for a model that no run trained.
   """
 
   def __init__(self, ask: Ask, tokenizer: Tokenizer, model: str, version: int):
@@ -31,7 +31,7 @@ class Writer:
       "id": ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12),
       "created": int(time.time()),
       "model": model,
-      "system_fingerprint": f"version-{version}",
+      "system_fingerprint": f"version-{version}" if version >= 0 else None,
     }
 
   def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
