@@ -129,6 +129,11 @@ class Machine(RuleBasedStateMachine):
     slots = self.slots
     opens = [s.open for s in slots if s.open]
     assert len(set(opens)) == len(opens), "a request in two slots"
+    for d in range(slots.shards):  # kept as they change, not looked for: there may be thousands
+      free = [s for s in slots.at(Stage.FREE) if slots.shard(s) == d]
+      assert slots._room(d) == len(free)
+      assert not free or slots._least(d) == min((s.touched, s.index) for s in free)
+    assert sorted(slots._prefilling) == [s.index for s in slots.at(Stage.PREFILL)]
     blocks = 0
     for s in slots:
       assert (s.open is None) == (s.stage is Stage.FREE)

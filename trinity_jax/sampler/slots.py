@@ -6,9 +6,9 @@ function of the order of events, never of a clock.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import enum
+import heapq
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -138,6 +138,12 @@ class Slots:
     self.reused = 0  # prompt tokens found in the cache
     self._first: dict[tuple, list[Slot]] = {}  # (salt, prompt) -> who prefills it, one a shard
     self._clock = 0
+    # Free slots of each shard: those that hold nothing, as a heap of their numbers, and those that
+    # hold a prefix, the least recent first.
+    whole = [range(d * self.per_shard, (d + 1) * self.per_shard) for d in range(shards)]
+    self._blank = [list(numbers) for numbers in whole]
+    self._kept: list[dict[int, None]] = [{} for _ in whole]
+    self._prefilling: dict[int, Slot] = {}
 
   def __iter__(self):
     return iter(self.all)
@@ -163,13 +169,14 @@ class Slots:
 
     Returns whether there was a free one.
     """
-    free = self.at(Stage.FREE)
-    if not free:
+    with_room = {d for d in range(self.shards) if self._room(d)}
+    if not with_room:
       return False
     tokens = open_.tokens()
     salt = (version, *open_.request.salt)
     prompt = (salt, tokens.tobytes())
-    slot, source, filled = self._place(free, prompt, tokens)
+    slot, source, filled = self._place(with_room, prompt, tokens)
+    self._take(slot)
     slot.stage, slot.open, slot.tokens = Stage.PREFILL, open_, tokens
     slot.filled, slot.source, slot.context = filled, source, version
     slot.generated, slot.sent, slot.mixed, slot.touched = 0, 0, [], self._tick()
@@ -179,12 +186,11 @@ class Slots:
     self.index.put(slot.index, salt, tokens)
     return True
 
-  def _place(self, free: list[Slot], prompt: tuple, tokens):
-    """(slot, source, entries it holds already)."""
-    with_room = {self.shard(s) for s in free}
+  def _place(self, with_room: set[int], prompt: tuple, tokens):
+    """(slot, source, entries it holds already), in one of the shards with room."""
     for first in self._first.get(prompt, ()):
       if self.shard(first) in with_room:
-        return self._fresh(free, self.shard(first)), (first.index, len(tokens)), 0
+        return self._fresh({self.shard(first)}), (first.index, len(tokens)), 0
     # The last token must be computed: its logits are what sampling starts from.
     for index, common in self.index.find(prompt[0], tokens[:-1]):
       held = self.all[index]
@@ -194,8 +200,8 @@ class Slots:
       if held.stage is Stage.FREE:
         return held, None, common
       if common >= WORTH_COPYING and self.shard(held) in with_room:
-        return self._fresh(free, self.shard(held)), (index, common), 0
-    return self._fresh(free), None, 0
+        return self._fresh({self.shard(held)}), (index, common), 0
+    return self._fresh(with_room), None, 0
 
   def _leaves_prefill(self, slot: Slot) -> None:
     """Nobody can join its prefill any more."""
@@ -210,16 +216,34 @@ class Slots:
     assert slot.open is not None
     return (slot.context, *slot.open.request.salt), slot.tokens.tobytes()
 
-  def _fresh(self, free: list[Slot], shard: int | None = None) -> Slot:
-    """A free slot, in the emptiest shards unless one is named; the least worth keeping."""
-    room = collections.Counter(map(self.shard, free))
-    candidates = [s for s in free if shard is None or self.shard(s) == shard]
-    return min(candidates, key=lambda s: (-room[self.shard(s)], s.touched, s.index))
+  def _fresh(self, shards: set[int]) -> Slot:
+    """A free slot, in the emptiest of these shards; the least worth keeping."""
+    return self.all[min((-self._room(d), *self._least(d)) for d in shards)[2]]
+
+  def _room(self, shard: int) -> int:
+    return len(self._blank[shard]) + len(self._kept[shard])
+
+  def _least(self, shard: int) -> tuple[int, int]:
+    """(touched, index) of the free slot that is the least worth keeping."""
+    blank = self._blank[shard]
+    index = blank[0] if blank else next(iter(self._kept[shard]))
+    return self.all[index].touched, index
+
+  def _take(self, slot: Slot) -> None:
+    """Of those that `_place` chooses: one that holds a prefix, or the first that holds nothing."""
+    shard = self.shard(slot)
+    if slot.index in self._kept[shard]:
+      del self._kept[shard][slot.index]
+    else:
+      taken = heapq.heappop(self._blank[shard])
+      assert taken == slot.index
+    self._prefilling[slot.index] = slot
 
   def free(self, slot: Slot, held: np.ndarray | None) -> None:
     """Empties a slot. held: tokens its cache goes on holding, for a later turn; None: nothing."""
     self._leaves_prefill(slot)
-    for other in self.all:
+    self._prefilling.pop(slot.index, None)
+    for other in self._prefilling.values():
       if other.source is not None and other.source[0] == slot.index:
         if other.twin:
           self._first.setdefault(self._prompt(other), []).append(other)
@@ -230,9 +254,11 @@ class Slots:
     if keep:
       assert held is not None
       slot.tokens, slot.filled, slot.touched = held, len(held), self._tick()
+      self._kept[self.shard(slot)][slot.index] = None
       self.index.put(slot.index, salt, held)
     else:
       slot.filled = slot.touched = 0
+      heapq.heappush(self._blank[self.shard(slot)], slot.index)
       self.index.drop(slot.index)
 
   def new_version(self) -> None:
@@ -242,6 +268,10 @@ class Slots:
       s.context = MIXED
       if s.stage is Stage.FREE:
         s.filled = s.touched = 0
+    for blank, kept in zip(self._blank, self._kept):
+      blank.extend(kept)
+      heapq.heapify(blank)
+      kept.clear()
 
   # --- prefilling --------------------------------------------------------------------------------
 
@@ -295,5 +325,6 @@ class Slots:
     """Books first tokens sampled."""
     for s in slots:
       self._leaves_prefill(s)
+      del self._prefilling[s.index]
       s.stage, s.source = Stage.DECODE, None
       s.filled, s.generated = len(s.tokens), 1
