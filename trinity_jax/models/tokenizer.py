@@ -32,6 +32,12 @@ class Tokenizer:
 
   def __init__(self, inner: Any, stop_ids: tuple[int, ...]):
     self._inner = inner
+    # What transformers calls, without its looks at every text and id, and without handing over to
+    # other threads, which on a busy interpreter takes longer than the work.
+    self._backend = getattr(inner, "backend_tokenizer", None)
+    if self._backend is not None:  # a folder may ask for either
+      self._backend.no_truncation()
+      self._backend.no_padding()
     self.stop_ids = stop_ids  # any of these ends a reply
     self.pad_id: int = inner.pad_token_id
     self.bos_id: int | None = inner.bos_token_id
@@ -43,14 +49,15 @@ class Tokenizer:
 
   def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
     """Returns the ids of `text`, as it is unless special tokens are asked for."""
+    if self._backend is not None:
+      return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
     return list(self._inner.encode(text, add_special_tokens=add_special_tokens))
 
   def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
     """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
     plain = [int(i) for i in ids]
-    backend = getattr(self._inner, "backend_tokenizer", None)
-    if backend is not None:  # what transformers does, without its looks at every id
-      return backend.decode(plain, skip_special_tokens=skip_special_tokens)
+    if self._backend is not None:
+      return self._backend.decode(plain, skip_special_tokens=skip_special_tokens)
     return self._inner.decode(
       plain, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )
