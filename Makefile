@@ -42,7 +42,8 @@ notebooks: $(VENV)/.dev
 	  --durations=0 build/notebooks
 
 slow: $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadfile -m 'slow and not nightly and not aot' --timeout=2700
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout=2700 \
+	  -m 'slow and not nightly and not aot'
 
 nightly: $(VENV)/.dev
 	$(PY) -m pytest --timeout=86400
@@ -62,7 +63,7 @@ perf: $(VENV)/.dev
 CUDA := $(VENV)/cuda
 aot-check: $(CUDA)/.installed
 	$(PY) -m pip install --quiet --editable '.[plan]'
-	PYTHONPATH=$(CUDA) $(PY) -m pytest -m aot tests
+	PYTHONPATH=$(CUDA) $(PY) -m pytest -m aot --timeout=2700 tests
 	PYTHONPATH=$(CUDA) $(PY) launch/plan_table.py
 
 $(CUDA)/.installed: $(VENV)/.dev

@@ -16,8 +16,8 @@ from trinity_jax.monitor.writers import read_jsonl
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [pytest.param("", marks=pytest.mark.nightly), "one"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("killed", ["", "one"])
 def test_two_explorers_learn_as_well(tmp_path, killed):
   workdir, log = tmp_path / "run", tmp_path / "log"
 

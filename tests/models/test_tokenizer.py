@@ -47,6 +47,20 @@ def test_text_is_what_transformers_decodes(tok, skip):
     assert tok.decode(ids, skip_special_tokens=skip) == theirs
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("text", ["", "a <|end|>é\U0001f600", "<|begin|>" * 3])
+def test_ids_are_what_transformers_encodes(tok, text, special):
+  theirs = tok._inner.encode(text, add_special_tokens=special)
+  assert tok.encode(text, add_special_tokens=special) == theirs
+
+
+def test_no_text_is_cut_or_padded(folder):
+  inner = tokenizer.load(folder)._inner
+  inner.backend_tokenizer.enable_truncation(max_length=4)
+  inner.backend_tokenizer.enable_padding(length=16)
+  assert len(tokenizer.Tokenizer(inner, (1,)).encode("twelve bytes")) == 12
+
+
 def test_specials_are_single_tokens_and_left_out_of_text(tok):
   for i, name in enumerate(tokenizer.SPECIALS):
     assert tok.encode(name) == [i]
