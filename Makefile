@@ -27,7 +27,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --no-deps google-jetstream==0.2.2  # what it requires pulls TensorFlow
 	touch $@ $(VENV)/.run
 
-# A tiny model learns to add: SFT on flawed demonstrations, then GRPO. About 2 minutes on 2 cores.
+# A tiny model learns to add: SFT on flawed demonstrations, then GRPO. 2 to 5 minutes on 2 cores.
 quickstart: $(VENV)/.run
 	$(PY) launch/main.py --config=configs/quickstart.py --workdir=$(WORKDIR) --config.seed=$(SEED)
 

@@ -2,7 +2,7 @@
 
 python launch/main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-About 2 minutes on 2 CPU cores. SFT on demonstrations of which 68 % forget the carry gives a
+2 to 5 minutes on 2 CPU cores. SFT on demonstrations of which 68 % forget the carry gives a
 held-out accuracy near 0.55: sums without a carry are right. GRPO, which sees only the verifier's
 reward, passes 0.9 (curve: quickstart.png beside this file). The KL term slows the random
 walk that rewards without meaning (the shuffled control) send the policy on.
