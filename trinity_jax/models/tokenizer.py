@@ -32,8 +32,7 @@ class Tokenizer:
 
   def __init__(self, inner: Any, stop_ids: tuple[int, ...]):
     self._inner = inner
-    # What transformers calls, without its looks at every text and id, and without handing over to
-    # other threads, which on a busy interpreter takes longer than the work.
+    # What transformers calls, without its looks at every text and id.
     self._backend = getattr(inner, "backend_tokenizer", None)
     if self._backend is not None:  # a folder may ask for either
       self._backend.no_truncation()

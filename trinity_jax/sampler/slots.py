@@ -138,8 +138,9 @@ class Slots:
     self.reused = 0  # prompt tokens found in the cache
     self._first: dict[tuple, list[Slot]] = {}  # (salt, prompt) -> who prefills it, one a shard
     self._clock = 0
-    # Free slots of each shard: those that hold nothing, as a heap of their numbers, and those that
-    # hold a prefix, the least recent first.
+    # What `stage` says of each slot, so that none is looked for among thousands. Free ones, by
+    # shard: those that hold nothing, as a heap of their numbers; those that hold a prefix, the
+    # least recent first.
     whole = [range(d * self.per_shard, (d + 1) * self.per_shard) for d in range(shards)]
     self._blank = [list(numbers) for numbers in whole]
     self._kept: list[dict[int, None]] = [{} for _ in whole]
