@@ -29,6 +29,31 @@ def test_admission_waits_for_every_participant(fakes):
     fakes.check(future.result(fakes.WAIT), fakes.request(1))
 
 
+@pytest.mark.parametrize("held_by", ["participant", "pause", "weights"])
+def test_requests_that_can_only_wait_wake_nobody(fakes, monkeypatch, held_by):
+  """Each look goes over all that wait: one for each new request would be quadratic."""
+  looks, due = [], Sampler._due
+  monkeypatch.setattr(Sampler, "_due", lambda self: looks.append(1) or due(self))
+  programs = fakes.FakePrograms()
+  version = None if held_by == "weights" else 0
+  with fakes.sampler_on(programs, version=version, deterministic=True) as sampler:
+    if held_by == "pause":
+      sampler.pause()
+    sampler.enter()
+    futures = []
+    for i in range(50):
+      futures.append(fakes.ask(sampler, fakes.request(i)))
+      futures[-1].add_done_callback(lambda _: sampler.leave())
+      assert not programs.reached.acquire(timeout=0.001)  # time for a look
+    assert len(looks) < 5
+    if held_by == "weights":
+      sampler.set_params(0, "params 0")
+    sampler.resume()
+    sampler.leave()
+    for i, future in enumerate(futures):
+      fakes.check(future.result(fakes.WAIT), fakes.request(i))
+
+
 def play(sampler, runs, seed, turns, prompt_of):
   """`runs` participants that ask `turns` times each and dawdle at random; returns all answers."""
   rng = np.random.default_rng(seed)

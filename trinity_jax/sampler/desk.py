@@ -66,7 +66,8 @@ class Desk:
   def leave(self) -> None:
     with self._changed:
       self._busy -= 1
-      self._changed.notify_all()
+      if not self._held():
+        self._changed.notify_all()
 
   def submit(
     self,
@@ -103,7 +104,9 @@ class Desk:
       self._accepted[future] = open_
       self._waiting.append(open_)
       self._busy -= 1
-      self._changed.notify_all()
+      # Looking at all requests for each new one would take quadratic time.
+      if request.deadline is not None or not self._held():
+        self._changed.notify_all()
     return future
 
   async def generate(self, request: Request) -> Completion:
@@ -171,6 +174,10 @@ class Desk:
       open_.home.enter()
     if open_.keeper is not self:
       open_.keeper.wake()
+
+  def _held(self) -> bool:
+    """Whether requests would only wait, however many there are; a Sampler says."""
+    raise NotImplementedError
 
   def wake(self) -> None:
     """Makes the thread look again for something to do."""

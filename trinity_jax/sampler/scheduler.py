@@ -232,12 +232,9 @@ class Sampler(Desk):
     with self._changed:
       while True:
         open_, scores = bool(self._accepted), bool(self._scores)
-        have_params = self._params_known or self._next_params is not None
-        if self._stopping or (self._draining and not ((open_ or scores) and have_params)):
+        if self._stopping or (self._draining and not ((open_ or scores) and self._have_params)):
           return "stop"
-        busy = self._deterministic and self._busy > 0 and not self._draining
-        ready = have_params and not self._paused
-        if open_ and ready and not busy:
+        if open_ and not self._held():
           linger = self._linger_until - time.monotonic() if self._busy > 0 else 0.0
           if self._deterministic or self._draining or linger <= 0:
             return "go"
@@ -245,7 +242,7 @@ class Sampler(Desk):
             with self._driver.waiting():
               self._changed.wait(linger)
             continue
-        if scores and ready:
+        if scores and self._ready:
           return "score"
         due = self._due()
         if due <= time.monotonic():
@@ -257,8 +254,16 @@ class Sampler(Desk):
         self._idle = False
 
   @property
-  def _params_known(self) -> bool:
-    return self._driver.params is not None
+  def _have_params(self) -> bool:
+    return self._driver.params is not None or self._next_params is not None
+
+  @property
+  def _ready(self) -> bool:
+    return self._have_params and not self._paused
+
+  def _held(self) -> bool:
+    busy = self._deterministic and self._busy > 0 and not self._draining
+    return busy or not self._ready
 
   def _due(self) -> float:
     """When the next request is to be dropped."""
