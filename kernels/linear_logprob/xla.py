@@ -86,7 +86,7 @@ def _set(arrays, i, values):
 
 
 def forward(hidden, weight, targets, mask, temperature, *, softcap=None, tile: Tile = CPU):
-  """-> (target_logit, lse, mean_logit), see api.py."""
+  """-> (target_logit, lse, mean_logit), see implementation.py."""
   chunks = chunks_of(mask, tile.rows)
   x, y, t = map(chunks.take, (hidden, targets, temperature))
   t = jnp.where(chunks.active, t, 1)
@@ -107,7 +107,7 @@ def backward(
   hidden, weight, targets, mask, temperature, lse, entropy, cotangents, *, softcap=None,
   tile: Tile = CPU,
 ):  # fmt: skip
-  """-> (d_hidden, d_weight), see api.py. Logits are computed again, tile by tile.
+  """-> (d_hidden, d_weight), see implementation.py. Logits are computed again, tile by tile.
 
   With columns in the outer loop, a block of d_weight is summed over rows where it is small and
   written once; d_hidden, which is small, is what sums up over the blocks.
@@ -149,7 +149,7 @@ def loss_gradients(
   hidden, weight, targets, mask, temperature, arrays, *, token_loss: TokenLoss, layout: Layout,
   softcap=None, tile: Tile = CPU,
 ):  # fmt: skip
-  """-> (losses[T], (logprob, entropy, lse), d_hidden, d_weight), see api.py; in three products.
+  """-> (losses[T], (logprob, entropy, lse), d_hidden, d_weight), in three products; see api.py.
 
   The logits of one chunk, [C, V], are kept. Shards of the vocabulary merge inside the loop: they
   have the same rows, so the same number of live chunks. Shards of the rows do not meet in it.

@@ -11,13 +11,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from trinity_jax.kernels.linear_logprob import pallas_tpu as kernel
+from trinity_jax.kernels.linear_logprob import pallas_tpu_tiles as tiling
 
 SMALL = ((16, 128),)  # a tile, so that a few rows and columns are several blocks
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-  monkeypatch.setattr(kernel, "TILES", SMALL)
+  monkeypatch.setattr(tiling, "TILES", SMALL)
 
 
 def logits_of(hidden, weight, temperature, softcap):
@@ -144,7 +145,7 @@ def test_rows_and_a_weight_of_two_dtypes():
   """Multiplied in the wider: with one size up the compiler asked for 56.9 and 66.2 MiB of 56."""
   rows = lambda D: jax.ShapeDtypeStruct((16384, D), jnp.bfloat16)
   weight = lambda D, dtype: jax.ShapeDtypeStruct((D, 2048), dtype)
-  tile = lambda D, dtype: kernel._tile(kernel.FORWARD, rows(D), weight(D, dtype), None)
+  tile = lambda D, dtype: tiling.tile_of(tiling.FORWARD, rows(D), weight(D, dtype), None)
   assert tile(4096, jnp.bfloat16) == (1024, 512)
   assert tile(4096, jnp.float32) == (512, 512)
   assert tile(8192, jnp.float32) == (256, 512)
@@ -170,9 +171,9 @@ def test_under_the_simulator_of_a_tpu(small_tiles, params, mask):
 def test_dead_blocks_are_left_out(small_tiles):
   """Only blocks of rows with an active one are asked for, each kind as often as the grid says."""
   T, D, V = 64, 16, 256  # 4 blocks of rows, 2 of columns
-  tile = kernel.Tile(16, 128)
+  tile = tiling.Tile(16, 128)
   h, w = jnp.zeros((T, D)), jnp.zeros((D, V))
-  shape = kernel._Shape(h, w, tile, None, False, None)
+  shape = tiling.Shape(h, w, tile, None, False, None)
   row, column = shape.hidden().index_map, shape.weight().index_map
   for live, rows, fetches in ((2, [0, 0, 1, 1, 1, 1, 1, 1], 4), (0, [0] * 8, 1)):
     steps = [(i, j) for i in range(4) for j in range(2)]

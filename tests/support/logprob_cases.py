@@ -6,16 +6,16 @@ import functools
 
 import numpy as np
 
-from trinity_jax.kernels.linear_logprob import api, pallas_tpu, xla
+from trinity_jax.kernels.linear_logprob import implementation, pallas_tpu, xla
 
 # name -> what `implementation` may be. The tiles are small, so that a few rows and columns make
 # several of them, with a rest; "xla" holds all logits where they are so few.
 TABLE = {
   "reference": "reference",
   "xla": "xla",
-  "tiles": api.xla_tiles(xla.Tile(4, 6)),
-  "tiles_transposed": api.xla_tiles(xla.Tile(5, 16, transpose=True)),
-  "pallas_tpu": api.pallas()._replace(
+  "tiles": implementation.xla_tiles(xla.Tile(4, 6)),
+  "tiles_transposed": implementation.xla_tiles(xla.Tile(5, 16, transpose=True)),
+  "pallas_tpu": implementation.pallas()._replace(
     forward=functools.partial(pallas_tpu.forward, interpret=True),
     backward=functools.partial(pallas_tpu.backward, interpret=True),
     platforms=None,
