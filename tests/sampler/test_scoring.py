@@ -175,7 +175,7 @@ def test_cancelled_paused_closed(sampler, programs):
     gone, kept = (asyncio.create_task(sampler.logprobs(t)) for t in texts(9, 10))
     await asyncio.sleep(0)
     gone.cancel()
-    await asyncio.wait([gone], timeout=10)
+    await asyncio.wait([gone], timeout=60)
     assert gone.cancelled() and not kept.done()
     sampler.resume()
     assert len(await _within(kept, 30)) == 10

@@ -169,7 +169,7 @@ def test_noise_is_not_logged(recording, caplog):
   _, client, server = recording
   with caplog.at_level(logging.DEBUG):
     for _ in range(3):
-      with socket.create_connection((server.host, server.port), timeout=10) as raw:
+      with socket.create_connection((server.host, server.port), timeout=60) as raw:
         raw.sendall(b"\x16\x03\x01 noise\r\n\r\n")
         while raw.recv(4096):
           pass

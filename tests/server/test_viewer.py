@@ -41,7 +41,7 @@ def viewer(run):
 def ask(viewer: Viewer, path: str, token: str | None = None, **params) -> httpx.Response:
   token = viewer.token if token is None else token
   url = viewer.url.split("/#")[0] + path
-  return httpx.get(url, params=params, headers={"Authorization": f"Bearer {token}"}, timeout=20)
+  return httpx.get(url, params=params, headers={"Authorization": f"Bearer {token}"}, timeout=60)
 
 
 def ids(viewer: Viewer, **params) -> list[str]:
@@ -120,7 +120,7 @@ def test_a_growing_run_is_followed(viewer, run):
   """The stream tells of what was written; what was indexed before is not read again."""
   assert len(ids(viewer)) == 12
   url, header = viewer.url.split("/#")[0], {"Authorization": f"Bearer {viewer.token}"}
-  with httpx.stream("GET", f"{url}/api/changes", headers=header, timeout=20) as stream:
+  with httpx.stream("GET", f"{url}/api/changes", headers=header, timeout=60) as stream:
     lines = stream.iter_lines()
     assert json.loads(next(lines)) == {"changed": False}
     run.add(3)
@@ -131,7 +131,7 @@ def test_a_growing_run_is_followed(viewer, run):
 def test_closing_ends_open_streams(run):
   viewer = Viewer(run.folder).start()
   url, header = viewer.url.split("/#")[0], {"Authorization": f"Bearer {viewer.token}"}
-  with httpx.stream("GET", f"{url}/api/changes", headers=header, timeout=20) as stream:
+  with httpx.stream("GET", f"{url}/api/changes", headers=header, timeout=60) as stream:
     assert json.loads(next(stream.iter_lines())) == {"changed": False}
     viewer.close()
   assert not [t for t in threading.enumerate() if t.name == "viewer"]

@@ -53,7 +53,7 @@ def test_rollouts_are_read_from_the_server(run):
   with Viewer(run.folder) as viewer:
     headers = {"Authorization": f"Bearer {viewer.token}"}
     url = viewer.url.split("/#")[0] + "/api/"
-    with httpx.Client(base_url=url, headers=headers, timeout=20) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
       (stage,) = client.get("run").json()["stages"]
       assert (stage["groups"], stage["experiences"], stage["note"]) == (4, 12, "")
 
@@ -125,7 +125,7 @@ def test_a_server_that_is_not_there_is_named_and_curves_are_shown(run, tmp_path)
   assert folder.curves("grpo", ["loss"])["series"] == {"loss": [[0, 1.0]]}
   with Viewer(run.folder) as viewer:
     answer = httpx.get(
-      viewer.url.split("/#")[0] + "/api/rollouts", params={"stage": "grpo"}, timeout=20,
+      viewer.url.split("/#")[0] + "/api/rollouts", params={"stage": "grpo"}, timeout=60,
       headers={"Authorization": f"Bearer {viewer.token}"},
     )  # fmt: skip
   assert answer.status_code == 503 and "cannot be read" in answer.json()["error"]
