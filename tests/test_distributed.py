@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from trinity_jax import distributed, following, placement
+from trinity_jax import distributed, following, placement, snapshots
 from trinity_jax.distributed import Place, World, read_place
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.experience import Experience, ExperienceId, StopReason
@@ -132,7 +133,6 @@ def test_placement_in_one_process():
   tree = {"a": np.arange(16.0, dtype=np.float32)}
   placed = placement.place(tree, {"a": rows})
   assert placed["a"].sharding == rows
-  assert placement.replicated(placed["a"]) is placed["a"]  # all here already
   np.testing.assert_array_equal(placement.fetch(placed)["a"], tree["a"])
 
 
@@ -157,6 +157,35 @@ def test_a_large_array_moves_some_layers_at_once(most):
   np.testing.assert_array_equal(moved, x)
   assert sizes == {10**9: [7], 3 * 16 * 4: [3] * 3, 1: [1] * 7}[most]
   assert placement._to_local(leaf, None, launch, most) is None
+
+
+@pytest.mark.parametrize("most", [10**9, 3 * 16 * 4, 1])
+def test_a_large_array_is_fetched_some_layers_at_once(most, monkeypatch, tmp_path):
+  """To publish or save a model, every device held each whole stack of layers."""
+  split = jax.sharding.NamedSharding(
+    jax.make_mesh((8,), ("fsdp",)), jax.sharding.PartitionSpec(None, "fsdp")
+  )
+  x = {"w": np.arange(7 * 16.0, dtype=np.float32).reshape(7, 8, 2), "b": np.float32(3.0)}
+  tree, sizes = {**x, "w": jax.device_put(x["w"], split)}, []
+  monkeypatch.setattr(placement, "_is_here", lambda x: not isinstance(x, jax.Array))
+  monkeypatch.setattr(
+    placement, "_gathered", functools.partial(placement._gathered, most=most)
+  )
+
+  def launch(program, *args):
+    sizes.append(len(out := program(*args)))
+    return out
+
+  parts = list(placement.host_parts(tree["w"], launch))
+  np.testing.assert_array_equal(np.concatenate(parts), x["w"])
+  expected = {10**9: [7], 3 * 16 * 4: [3] * 3, 1: [1] * 7}[most]
+  assert sizes == expected
+  placement.take_part(tree, launch)
+  assert sizes == 2 * expected
+  np.testing.assert_array_equal(placement.fetch(tree, launch)["w"], x["w"])
+  snapshots._write_tensors(tmp_path / "file", tree, launch)
+  np.testing.assert_array_equal(load_file(tmp_path / "file")["w"], x["w"])
+  assert sizes == 4 * expected
 
 
 # --- whole runs -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Every process of a run calls these together, in the same order, with equal host 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-_GATHERED = 256 << 20  # bytes
+_GATHERED = 256 << 20  # bytes that a device holds whole at once, of an array made of layers
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -35,15 +35,62 @@ def fetch(tree: Any, launch: Callable[..., Any] | None = None) -> Any:
   Args:
     launch: of the arrays' mesh, where other threads use it too.
   """
-  return jax.device_get(jax.tree.map(lambda x: replicated(x, launch), tree))
 
 
-def replicated(x: Any, launch: Callable[..., Any] | None = None) -> Any:
-  """An array of which this process holds all; what it does not is gathered from the others."""
-  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-    return x
-  program = _gather(_whole(x))
-  return launch(program, x) if launch else program(x)
+  def one(x: Any) -> Any:
+    if _is_here(x):
+      return x
+    parts = list(host_parts(x, launch))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+  return jax.device_get(jax.tree.map(one, tree))
+
+
+def host_parts(x: Any, launch: Callable[..., Any] | None = None) -> Iterator[np.ndarray]:
+  """Yields host arrays that make up an array along its first axis, the same on every process.
+
+  What is on other processes is gathered from them, a large array by some layers: a stack of layers
+  is more than a device holds beside its own part.
+  """
+  if _is_here(x):
+    yield np.asarray(x)
+    return
+  done = 0
+  for first, part in _gathered(x, launch or _call):
+    new = np.asarray(part)[done - first :]  # the last part may begin before the end of the others
+    yield new
+    done += len(new)
+
+
+def take_part(tree: Any, launch: Callable[..., Any] | None = None) -> None:
+  """What `host_parts` of another process asks of this one, which does not want the values."""
+  for x in jax.tree.leaves(tree):
+    if not _is_here(x):
+      for _ in _gathered(x, launch or _call):
+        pass
+
+
+def _is_here(x: Any) -> bool:
+  return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+def _gathered(
+  leaf: jax.Array, launch: Callable[..., Any], most: int = _GATHERED
+) -> Iterator[tuple[int, jax.Array]]:
+  """Yields (first, the layers from there on), whole on every device, one after the other.
+
+  Args:
+    most: bytes that a device holds whole at once, where the array is made of layers.
+  """
+  layers = leaf.shape[0] if leaf.ndim > 2 else 1
+  count = max(1, min(layers, layers * most // max(1, leaf.nbytes)))
+  if count == layers:
+    yield 0, jax.block_until_ready(launch(_gather(_whole(leaf)), leaf))
+    return
+  program = _gather_layers(_whole(leaf), count)
+  for first in range(0, layers, count):
+    first = min(first, layers - count)
+    yield first, jax.block_until_ready(launch(program, leaf, np.int32(first)))
 
 
 @functools.cache
@@ -66,22 +113,17 @@ def to_local(tree: Any, shardings: Any, launch: Callable[..., Any] | None = None
 def _to_local(
   leaf: jax.Array, target: Any, launch: Callable[..., Any], most: int = _GATHERED
 ) -> jax.Array | None:
-  """One array on the devices of `target`.
-
-  Args:
-    most: bytes that a device holds whole at once, where the array is made of layers.
-  """
-  layers = leaf.shape[0] if leaf.ndim > 2 else 1
-  count = max(1, min(layers, layers * most // max(1, leaf.nbytes)))
-  if count == layers:
-    whole = jax.block_until_ready(launch(_gather(_whole(leaf)), leaf))
-    return None if target is None else jax.device_put(whole.addressable_data(0), target)
-  out = None if target is None else _empty(leaf.shape, leaf.dtype, target)()
-  for first in range(0, layers, count):
-    first = np.int32(min(first, layers - count))
-    part = jax.block_until_ready(launch(_gather_layers(_whole(leaf), count), leaf, first))
-    if out is not None:
-      out = _put(out, jax.device_put(part.addressable_data(0), target), first)
+  """One array on the devices of `target`; most: of `_gathered`."""
+  out = None
+  for first, part in _gathered(leaf, launch, most):
+    if target is None:
+      continue
+    moved = jax.device_put(part.addressable_data(0), target)
+    if part.shape == leaf.shape:
+      return moved
+    if out is None:
+      out = _empty(leaf.shape, leaf.dtype, target)()
+    out = _put(out, moved, np.int32(first))
   return out
 
 

@@ -40,6 +40,7 @@ from trinity_jax.checksums import checksums, compare
 from trinity_jax.distributed import ALONE, World
 from trinity_jax.errors import RunFailed
 from trinity_jax.launch_order import LaunchOrder
+from trinity_jax.placement import take_part
 from trinity_jax.probe import Probe
 from trinity_jax.snapshots import Manifest, SnapshotGone
 
@@ -131,7 +132,7 @@ class SnapshotPublisher:
     probe = self._probe.record(version, params) if self._probe and not there else {}
     if not self._world.leader:
       if not there:
-        snapshots.take_part(params)
+        take_part(params, self._launch)
       return None
     if there:
       assert newest is not None
@@ -150,7 +151,7 @@ class SnapshotPublisher:
         written_at=time.time(),
       )
       with snapshots.writing(self.directory):
-        snapshots.write(self.directory, manifest, params)
+        snapshots.write(self.directory, manifest, params, self._launch)
     self._announce(manifest)
     self._first = False
     for old in snapshots.kept(self.directory)[: -self._keep]:

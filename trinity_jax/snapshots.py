@@ -20,7 +20,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import numpy as np
 from trinity_jax import checksums
 from trinity_jax.errors import RunFailed
 from trinity_jax.monitor.files import write_atomic
-from trinity_jax.placement import replicated
+from trinity_jax.placement import host_parts
 
 MANIFEST = "manifest.json"
 _WEIGHTS = "weights.safetensors"
@@ -141,8 +141,15 @@ def writing(directory: Path) -> Iterator[None]:
     ) from e
 
 
-def write(directory: Path, manifest: Manifest, params: Any) -> None:
+def write(
+  directory: Path, manifest: Manifest, params: Any, launch: Callable[..., Any] | None = None
+) -> None:
   """Writes a snapshot's folder; it is there when this returns, whatever happens then.
+
+  Params on several processes: the others call `placement.take_part`.
+
+  Args:
+    launch: of the mesh that holds the params, where other threads use it too.
 
   Raises:
     OSError: the disk is full, the folder cannot be written.
@@ -151,7 +158,7 @@ def write(directory: Path, manifest: Manifest, params: Any) -> None:
   shutil.rmtree(part, ignore_errors=True)
   try:
     part.mkdir()
-    _write_tensors(part / _WEIGHTS, params)
+    _write_tensors(part / _WEIGHTS, params, launch)
     (part / MANIFEST).write_bytes(manifest.encode())
     delete(directory, manifest.path)  # complete, but there was no room for the manifest then
     part.rename(directory / manifest.path)
@@ -160,13 +167,7 @@ def write(directory: Path, manifest: Manifest, params: Any) -> None:
     raise
 
 
-def take_part(params: Any) -> None:
-  """What `write` asks of the processes that do not write: to give it their parts of each tensor."""
-  for leaf in jax.tree.leaves(params):
-    jax.block_until_ready(replicated(leaf))
-
-
-def _write_tensors(file: Path, params: Any) -> None:
+def _write_tensors(file: Path, params: Any, launch: Callable[..., Any] | None) -> None:
   """The safetensors format: length, a JSON header of names, shapes and offsets, the bytes."""
   leaves, header, end = jax.tree.leaves(params), {}, 0
   for name, leaf in zip(checksums.names(params), leaves):
@@ -181,8 +182,8 @@ def _write_tensors(file: Path, params: Any) -> None:
     for leaf, after in zip(leaves, [*leaves[1:], None]):
       if isinstance(after, jax.Array) and after.is_fully_addressable:
         after.copy_to_host_async()  # while this one is written
-      whole = np.ascontiguousarray(replicated(leaf))
-      _write_all(out, whole.reshape(-1).view(np.uint8).data)
+      for part in host_parts(leaf, launch):
+        _write_all(out, np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     os.fsync(out.fileno())
 
 

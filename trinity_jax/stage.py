@@ -246,7 +246,7 @@ class Stage:
   def save_model(self) -> Path:
     """Writes the current parameters as a Hugging Face folder."""
     path = self.directory / "hf"
-    hf.save(path, self.trainer.state.params, self.model, tokenizer_dir=self.model_path)
+    hf.save(path, self.trainer.state.params, self.model, self.model_path, launch=self.launch)
     return path
 
   def _awaits_evaluation(self, version: int) -> bool:

@@ -23,7 +23,7 @@ from trinity_jax.models import params as params_lib
 from trinity_jax.models import tokenizer as tokenizer_lib
 from trinity_jax.models.params import Params, ParamSpec
 from trinity_jax.models.presets import ModelConfig
-from trinity_jax.placement import replicated
+from trinity_jax.placement import host_parts, take_part
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -220,6 +220,7 @@ def save(
   tokenizer_dir: str | Path | None = None,
   *,
   max_shard_bytes: int = 5 * 10**9,
+  launch: Callable[..., Any] | None = None,
 ) -> Path:
   """Writes an HF folder that `transformers` loads; replaces what was at `path` only when complete.
 
@@ -228,6 +229,7 @@ def save(
   Args:
     tokenizer_dir: HF folder whose tokenizer and generation config are copied.
     max_shard_bytes: a larger model is split over several files with an index.
+    launch: of the mesh that holds the params, where other threads use it too.
 
   Raises:
     UserError: the parameters do not fit the config, or the folder cannot be written.
@@ -235,14 +237,13 @@ def save(
   path = Path(path)
   params_lib.check(params, config)
   if jax.process_index():
-    for _ in to_tensors(params, config):
-      pass
+    take_part(params, launch)
     return path
   temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
   try:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write_tensors(temporary, params, config, max_shard_bytes)
+    _write_tensors(temporary, params, config, max_shard_bytes, launch)
     dtype = str(jax.tree.leaves(params)[0].dtype)
     from importlib.metadata import version
 
@@ -273,7 +274,9 @@ def _replace(temporary: Path, path: Path) -> None:
   shutil.rmtree(old)
 
 
-def _write_tensors(folder: Path, params: Params, config: ModelConfig, max_shard_bytes: int) -> None:
+def _write_tensors(
+  folder: Path, params: Params, config: ModelConfig, max_shard_bytes: int, launch
+) -> None:
   """Writes shard after shard, leaf after leaf, then gives the files their final names."""
   shards: list[list[str]] = []
   pending: dict[str, np.ndarray] = {}
@@ -287,7 +290,7 @@ def _write_tensors(folder: Path, params: Params, config: ModelConfig, max_shard_
     shards.append(list(pending))
     pending, size = {}, 0
 
-  for name, value in to_tensors(params, config):
+  for name, value in to_tensors(params, config, launch):
     if pending and size + value.nbytes > max_shard_bytes:
       flush()
     pending[name] = value
@@ -305,13 +308,15 @@ def _write_tensors(folder: Path, params: Params, config: ModelConfig, max_shard_
   _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def to_tensors(params: Params, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def to_tensors(
+  params: Params, config: ModelConfig, launch: Callable[..., Any] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
   """Yields (HF tensor name, host array in HF orientation) of parameters, or of their gradients."""
   specs, treedef = jax.tree.flatten(params_lib.abstract(config))
   for spec, leaf in zip(specs, treedef.flatten_up_to(params)):
-    host = np.asarray(replicated(leaf))
-    for layer in range(spec.shape[0] if spec.stacked else 1):
-      value = host[layer] if spec.stacked else host
+    parts = host_parts(leaf, launch)
+    values = (value for part in parts for value in part) if spec.stacked else parts
+    for layer, value in enumerate(values):
       value = value.T if spec.transposed else value
       yield spec.hf_name.format(layer=layer), np.ascontiguousarray(value)
 
