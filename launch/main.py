@@ -2,6 +2,7 @@
 
   --config=FILE.py[:ARG]  Python file with get_config() -> ConfigDict; see configs/
   --config.a.b=VALUE      overrides one key; --mode=keys lists every key with its meaning
+  --config.stages.NAME.a.b=VALUE  overrides one key of one stage
   --workdir=DIR           the run's folder: made, or continued by the same command
   --mode=both             samples and trains (the default)
         train             only trains; explorers, in processes of their own, fill the buffer
@@ -37,10 +38,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from trinity_jax import config_keys, config_schema
 from trinity_jax.config import Config, resolve
+from trinity_jax.config_overrides import override
 from trinity_jax.errors import RunFailed, UserError, root_cause, suggestion
 from trinity_jax.kernels.errors import CannotRun  # pyright: ignore[reportMissingImports]
 from trinity_jax.preemption import EXIT_CODE, Preempted
@@ -135,21 +137,11 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
   if names and values is None:
     raise UserError(f"--config.{names[0]} without --config: name the config file it overrides")
   if values is not None:
-    for name in names:
-      config_keys.check_key(name)
-    keys = flags.FlagValues()
-    keys.set_gnu_getopt(True)
     with _flag_errors(list(own)):
-      # New attributes are for arguments such as policy_loss_args.clip_high; check_key has refused
-      # every other new name. A file may have locked them (`with c.unlocked()` does, at its end).
-      values.unlock()
-      config_flags.DEFINE_config_dict(
-        "config", values, flag_values=keys, sys_argv=rest, lock_config=False,
-        accept_new_attributes=True,
-      )  # fmt: skip
-      rest = keys(rest)
-    values = keys["config"].value
-  for arg in rest[1:]:
+      values, rest = override(values, rest[1:])
+  else:
+    rest = rest[1:]
+  for arg in rest:
     if arg.startswith("-") and arg != "-":
       name = arg.lstrip("-").split("=")[0]
       raise UserError(f"unknown flag --{name}{suggestion(name, own)}")

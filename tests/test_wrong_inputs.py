@@ -10,6 +10,9 @@ from pathlib import Path
 import launching
 import pytest
 
+from trinity_jax.buffer.record import Rules, describe_group
+from trinity_jax.buffer.store import open_store
+from trinity_jax.experience import Experience, ExperienceId, StopReason
 from trinity_jax.models.hf import write_tiny_checkpoint
 
 
@@ -162,6 +165,24 @@ def test_workdir_of_another_config(run, tmp_path):
   (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
   (tmp_path / "run" / "config.json").write_text('{"seed": 7}')
   assert "holds a run with another config (differs in: algorithm, buffer" in run()
+
+
+@pytest.mark.parametrize("left", ["rows", "groups", "postgresql", "nothing"])
+def test_a_workdir_in_which_something_was_sampled(run, tmp_path, left):
+  """A run trained on the rollouts that one of another config had left, without a checkpoint."""
+  stage = tmp_path / "run" / "grpo"
+  stage.mkdir(parents=True)
+  url = "postgresql://host/name" if left == "postgresql" else "sqlite"
+  config = {"seed": 7, "buffer": {"url": url}}
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  (stage / "metrics.jsonl").write_text("{}\n" if left == "rows" else "")
+  store = open_store("sqlite", stage)
+  if left == "groups":
+    experience = Experience.failed(ExperienceId(1, 0, 0, 0), StopReason.ERROR, {})
+    store.put([describe_group([experience])], Rules(8, "id", 1))
+  store.close()
+  line = run("--config.taskset.reward=arithmetik")
+  assert ("holds a run with another config (differs in:" in line) == (left != "nothing")
 
 
 def test_empty_taskset(run, tmp_path):

@@ -83,7 +83,8 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
   buffer.release(config.explorer.name)  # what an earlier life of this explorer had claimed
   own = directory / "explorers" / config.explorer.name
   own.mkdir(parents=True, exist_ok=True)
-  writers = make_writers(config, own, resume_step=-1, report=progress.message)
+  # What a trainer that went back will publish again is evaluated again; the rest is there already.
+  writers = make_writers(config, own, resume_step=versions.version, report=progress.message)
   stack.callback(writers.close)
   done = {row["step"] for row in read_jsonl(own / FILE)} if (own / FILE).exists() else set()
   total = config.trainer.total_steps

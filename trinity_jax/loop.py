@@ -58,15 +58,9 @@ def run(stage: Stage) -> StageResult:
       _train(stage, step, experiences, source)
       if step == warm_at:
         stage.compiles.mark_warm()
-    try:
-      if stage.publisher is not None:
-        stage.publisher.finish()
-      source.finish()
-      stage.world.meet(f"end of {c.name}", PATIENCE * c.sync.timeout)
-    except RunFailed:
-      if stage.preemption.requested:
-        raise _preempted(stage) from None
-      raise
+    if not stage.world.agree(_finish(stage, source), PATIENCE * c.sync.timeout):
+      raise _preempted(stage)
+    stage.world.meet(f"end of {c.name}", PATIENCE * c.sync.timeout)
   stage.compiles.mark_cold()  # saving may compile; no step does
   model = ""
   if c.trainer.save_hf != "never":
@@ -84,6 +78,19 @@ def _sample(stage: Stage, source: Source) -> list[Experience]:
   if stage.world.agree(stage.checkpoints.latest_step()) != step:
     stage.save(step)
   raise _preempted(stage)
+
+
+def _finish(stage: Stage, source: Source) -> bool:
+  """Waits for what still runs after the last step; False when the run is asked to end meanwhile."""
+  try:
+    if stage.publisher is not None:
+      stage.publisher.finish()
+    source.finish()
+  except RunFailed:
+    if not stage.preemption.requested:
+      raise
+    return False
+  return True
 
 
 def _read(stage: Stage, source: Source) -> list[Experience] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -173,10 +175,7 @@ def prepare_workdir(workdir: Path, config: Config) -> Path:
   if record.exists():
     before, now = json.loads(record.read_text()), _as_json(config)
     changed = sorted(k for k in now if before.get(k) != now[k] and k not in ("monitor", "mode"))
-    begun = any(
-      True for name in ("stage.json", "checkpoints/[0-9]*") for _ in workdir.glob(f"**/{name}")
-    )
-    if changed and begun:
+    if changed and _begun(workdir, before):
       raise UserError(
         f"--workdir={workdir} holds a run with another config (differs in: {', '.join(changed)}); "
         "continue it with its own config or choose another folder"
@@ -184,6 +183,25 @@ def prepare_workdir(workdir: Path, config: Config) -> Path:
     if changed:  # an attempt that ended before its first checkpoint: its model may not fit
       shutil.rmtree(workdir / "model", ignore_errors=True)
   return workdir.absolute()
+
+
+def _begun(workdir: Path, before: dict[str, Any]) -> bool:
+  """Whether a run of config `before` has left what another one would take for its own."""
+  if any(True for name in ("stage.json", "checkpoints/[0-9]*") for _ in workdir.glob(f"**/{name}")):
+    return True
+  # A server's tables are not looked into: who has begun to log may have filled them.
+  elsewhere = "://" in str(before.get("buffer"))
+  if any(elsewhere or file.stat().st_size for file in workdir.glob("**/metrics.jsonl")):
+    return True
+  return any(_holds_groups(file) for file in workdir.glob("**/buffer.sqlite"))
+
+
+def _holds_groups(file: Path) -> bool:
+  with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as store:
+    try:
+      return store.execute("SELECT 1 FROM groups LIMIT 1").fetchone() is not None
+    except sqlite3.DatabaseError as e:
+      return "no such table" not in str(e)
 
 
 def record_config(workdir: Path, config: Config) -> None:

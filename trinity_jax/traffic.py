@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 from collections.abc import Callable
@@ -66,7 +67,10 @@ def serve_and_record(
 
 def _serve(stack, config: Config, directory: Path, preemption: Preemption, report) -> None:
   """One life of the server, until it is told to end or the trainer goes back."""
-  buffer = build.make_buffer(config, make_schedule(config.sync), directory, 0)
+  # Each session is a group of its own: with min_runs above 1 all would be dropped.
+  alone = dataclasses.replace(config.explorer, min_runs=0)
+  of_sessions = dataclasses.replace(config, explorer=alone)
+  buffer = build.make_buffer(of_sessions, make_schedule(config.sync), directory, 0)
   stack.callback(build.close_buffer, buffer)
   model_path = exploring.wait_for_start(config, directory, buffer.bell)
   meshes = build.make_meshes(config)

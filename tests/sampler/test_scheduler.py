@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -147,6 +148,27 @@ def test_versions_never_go_back(fakes):
     fakes.ask(sampler, fakes.request(0)).result(fakes.WAIT)
     with pytest.raises(ValueError, match="version 3 offered"):
       sampler.set_params(3, "params 3")
+
+
+def test_versions_do_not_go_back_while_one_is_being_taken(fakes, monkeypatch):
+  programs, begun, go = fakes.FakePrograms(), threading.Event(), threading.Event()
+  with fakes.sampler_on(programs) as sampler:
+    fakes.ask(sampler, fakes.request(0)).result(fakes.WAIT)
+    prepare = programs.prepare
+
+    def slow(params):
+      begun.set()
+      assert go.wait(fakes.WAIT)
+      return prepare(params)
+
+    monkeypatch.setattr(programs, "prepare", slow)
+    sampler.set_params(7, "params 7")
+    future = fakes.ask(sampler, fakes.request(1))
+    assert begun.wait(fakes.WAIT)
+    with pytest.raises(ValueError, match="version 6 offered to a sampler that has 7"):
+      sampler.set_params(6, "params 6")
+    go.set()
+    assert set(future.result(fakes.WAIT).versions) == {7}
 
 
 def test_a_dispatch_stops_where_a_shorter_live_length_is_full(fakes):

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from growth import assert_linear
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -133,7 +134,11 @@ class Machine(RuleBasedStateMachine):
       free = [s for s in slots.at(Stage.FREE) if slots.shard(s) == d]
       assert slots._room(d) == len(free)
       assert not free or slots._least(d) == min((s.touched, s.index) for s in free)
-    assert sorted(slots._prefilling) == [s.index for s in slots.at(Stage.PREFILL)]
+    prefilling = slots.at(Stage.PREFILL)
+    assert slots._waiting == sorted((s.touched, s.index) for s in prefilling if s.source is None)
+    after = {(s.source[0], s.index) for s in prefilling if s.source is not None}
+    assert {(a, b) for a, others in slots._after.items() for b in others} == after
+    assert all(slots._after.values())
     blocks = 0
     for s in slots:
       assert (s.open is None) == (s.stage is Stage.FREE)
@@ -157,6 +162,27 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestSlots = Machine.TestCase
+
+
+def test_the_work_is_linear_in_the_number_of_slots():
+  """Looking at every slot for each prompt, the host needed seconds to fill thousands of them."""
+
+  def fill(n):
+    slots = Slots(n, 1, (8,), (16,))
+    opens = [open_([1 + i % 50] * 14 + [i // 50, i % 2], i=i) for i in range(n)]
+    for o in opens:
+      slots.assign(o, 0)
+    for s in slots.at(Stage.PREFILL)[::2]:
+      slots.free(s, None)
+    slots.copies()
+    while (chunks := slots.chunks()[0]):
+      done = slots.advance(chunks)
+      slots.started([s for first, _, twins in done for s in (first, *twins)])
+    for s in slots:
+      if s.open is not None:
+        slots.free(s, None)
+
+  assert_linear(fill, 400)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
@@ -16,6 +17,7 @@ import openai
 import pytest
 from growth import FACTOR, assert_linear
 
+from trinity_jax.errors import RunFailed
 from trinity_jax.experience import ExperienceId, StopReason
 from trinity_jax.explorer import threads
 from trinity_jax.explorer.answer import Answer
@@ -26,6 +28,7 @@ from trinity_jax.sampler.request import Completion
 from trinity_jax.server import openai as api
 from trinity_jax.server import protocol
 from trinity_jax.server.answers import Writer, token_bytes
+from trinity_jax.server.backend import Limits, Plain
 
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 WAIT = 60
@@ -89,6 +92,52 @@ def test_what_comes_while_a_session_is_committed_is_not_lost_but_refused(recordi
     r.go.set()
     assert done.result().status_code == 200
   assert r.seen == [("s", [0.5])]
+
+
+def test_nothing_is_committed_while_a_prompt_is_being_made(recording, served, monkeypatch):
+  """The reply to a long prompt, which is tokenised in a thread, was lost."""
+  r, client, _ = recording
+  assert say(client, "s").status_code == 200
+  go, begun, encode = threading.Event(), threading.Semaphore(0), served.tokenizer.encode
+
+  def slow(text, *args, **kwargs):
+    begun.release()
+    assert go.wait(WAIT)
+    return encode(text[:4], *args, **kwargs)
+
+  monkeypatch.setattr(type(served.tokenizer), "encode", lambda self, *args: slow(*args))
+  body = {"prompt": "a" * 2 * LONG, "max_tokens": 2}
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    reply = pool.submit(say, client, "s", body, "/v1/completions")
+    assert begun.acquire(timeout=WAIT)
+    answer = client.post("/commit", json={"session": "s", "reward": 0.5})
+    assert answer.status_code == 409 and "is under way" in answer.text
+    go.set()
+    assert reply.result().status_code == 200
+  monkeypatch.undo()
+  r.go.set()
+  answer = client.post("/commit", json={"session": "s", "reward": 0.5})
+  assert answer.status_code == 200 and r.seen == [("s", [0.5, 0.5])]
+
+
+def test_the_choices_of_a_prompt_go_to_one_sampler_and_prompts_to_all(served):
+  """With an even n half of a pool had nothing to do."""
+  seen = []
+
+  class Pool:
+    def member(self, order):
+      seen.append(order)
+      raise RunFailed("far enough")
+
+  plain = Plain(Pool(), served.tokenizer, Limits(100, 10, SamplingParams(1.0, 8)))
+  ask = protocol.read_completion({"prompt": ["a", "b"], "n": 4, "max_tokens": 2}, 320)
+  for _ in range(2):
+    for choice in plain.choices(ask, None):
+      with pytest.raises(RunFailed):
+        asyncio.run(choice)
+  assert len(set(seen)) == 16
+  member = [sum(order[:3]) % 2 for order in seen]
+  assert member == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
 
 
 def test_commits_that_wait_leave_threads_for_others(recording, monkeypatch):

@@ -256,12 +256,19 @@ def test_a_prompt_that_does_not_fit_is_named_and_streams_fail_like_answers(clien
   for stream in (False, True):
     with pytest.raises(openai.BadRequestError, match="exceeds") as e:
       client.chat.completions.create(model="m", messages=long, stream=stream)
-    assert e.value.code == "context_length_exceeded"
+    assert e.value.code == "context_length_exceeded" and e.value.param == "messages"
+  for text in ("x" * 600, "x" * 100_000):
+    with pytest.raises(openai.BadRequestError, match="exceeds") as e:
+      client.completions.create(model="m", prompt=text)
+    assert e.value.code == "context_length_exceeded" and e.value.param == "prompt"
   very = [{"role": "user", "content": "x" * 100_000}]
   with pytest.raises(openai.BadRequestError, match="of 1000.. tokens exceeds"):
     client.chat.completions.create(model="m", messages=very)
   with pytest.raises(openai.BadRequestError, match="max_tokens = 33: at most 32"):
     client.chat.completions.create(model="m", messages=HELLO, max_tokens=33)
+  with pytest.raises(openai.BadRequestError, match="max_completion_tokens = 33: at most 32") as e:
+    client.chat.completions.create(model="m", messages=HELLO, max_completion_tokens=33)
+  assert e.value.param == "max_completion_tokens"
   with pytest.raises(openai.BadRequestError, match="frequency_penalty"):
     client.chat.completions.create(model="m", messages=HELLO, frequency_penalty=0.5)
 

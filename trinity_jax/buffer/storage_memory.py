@@ -113,8 +113,9 @@ class MemoryStore:
         return
       self._book(row, -1, rules)
       row.experiences = (*row.experiences[:place], given, *row.experiences[place + 1 :])
-      row.pending -= 1
-      row.status = Status.WAITING if row.pending else Status.READY
+      if row.pending:  # else the group waits for nothing: it is to be dropped
+        row.pending -= 1
+        row.status = Status.WAITING if row.pending else Status.READY
       self._book(row, 1, rules)
     self.bell.ring()
 

@@ -132,6 +132,8 @@ class SqlStore(SqlCheckpoints):
       if given is None:
         return False
       connection.execute(EXPERIENCES.update().where(at).values(data=given.to_bytes()))
+      if not group.pending:  # the group waits for nothing: it is to be dropped
+        return True
       last = group.pending == 1
       values = {"pending": group.pending - 1} | ({"status": Status.READY} if last else {})
       connection.execute(GROUPS.update().where(is_group(GROUPS, id.group)).values(values))

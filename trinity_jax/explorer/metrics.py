@@ -16,15 +16,20 @@ _OF_LOGS = ("prompt_length", "response_length", "num_turns", "mixed_tokens")  # 
 
 
 def accuracy(experience: Experience) -> float:
-  """The component named accuracy, else the first reward component; 0 for a failed run."""
+  """The component named accuracy (at least 0), else the first one; 0 for a failed run."""
   rewards = {k: v for k, v in experience.metrics.items() if k.startswith("rewards/")}
-  return rewards.get("rewards/accuracy", next(iter(rewards.values()), 0.0))
+  if "rewards/accuracy" in rewards:  # some rewards say -1 where the answer is wrong
+    return max(rewards["rewards/accuracy"], 0.0)
+  return next(iter(rewards.values()), 0.0)
 
 
 def eval_metrics(
   name: str, groups: Sequence[Sequence[Experience]], *, main: bool
 ) -> dict[str, float]:
-  """Accuracy (mean over tasks and runs), pass@k and mean reward of one held-out set."""
+  """Accuracy (mean over tasks and runs), pass@k and mean reward of one held-out set.
+
+  A run has solved its task when its accuracy is 1: points for the form of an answer solve nothing.
+  """
   scores = np.array([[accuracy(e) for e in group] for group in groups])
   runs = scores.shape[1]
   out = {
@@ -34,7 +39,7 @@ def eval_metrics(
     ),
   }
   if runs > 1:
-    out[f"eval/{name}/pass@{runs}"] = float((scores.max(axis=1) > 0).mean())
+    out[f"eval/{name}/pass@{runs}"] = float((scores.max(axis=1) >= 1 - 1e-6).mean())
   if main:
     out["eval/accuracy"] = out[f"eval/{name}/accuracy"]
   return out

@@ -82,7 +82,7 @@ _TEXT: dict[str, str] = {
     eval/accuracy | fraction | greedy accuracy on the main held-out set
     eval/{taskset}/accuracy | fraction | greedy accuracy on one held-out set
     eval/{taskset}/avg@{k} | reward | mean reward over k samples per task
-    eval/{taskset}/pass@{k} | fraction | tasks solved by at least one of k samples
+    eval/{taskset}/pass@{k} | fraction | tasks for which at least one of k samples has accuracy 1
     eval/{taskset}/{metric}/{stat} | as reported | another metric of one held-out set
     eval/count | tasks | tasks evaluated
   """,

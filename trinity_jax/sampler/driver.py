@@ -258,11 +258,11 @@ class Driver:
     return out
 
   def evict(self, opens: Collection[Open]) -> list[Open]:
-    """Takes requests out of their slots; what they have so far is in their `parts`."""
+    """Takes requests (in a set or dict) out of their slots; what they have is in their `parts`."""
     out = [s for s in self.slots if s.open in opens]
     if not out:
       return []
-    decoding = np.array([s in out and s.stage is Stage.DECODE for s in self.slots])
+    decoding = np.array([s.open in opens and s.stage is Stage.DECODE for s in self.slots])
     if decoding.any():
       s = self._state
       columns = jax.device_get((s.tokens, s.logprobs, s.versions))

@@ -71,7 +71,7 @@ class Sampler(Desk):
     self._scored: list[scoring.Asked] = []  # of the dispatch under way
     self._next_params: tuple[int, Any] | None = None
     self._paused = self._idle = False
-    self.version = -1
+    self.version = self._given = -1  # in use; the newest offered, which may be being taken
     self._linger_until = 0.0
     self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
@@ -147,10 +147,9 @@ class Sampler(Desk):
     with self._changed:
       if self._ended:
         raise self._failure()
-      newest = self._next_params[0] if self._next_params else self.version
-      if version < newest:
-        raise ValueError(f"version {version} offered to a sampler that has {newest}")
-      self._next_params = (version, params)
+      if version < self._given:
+        raise ValueError(f"version {version} offered to a sampler that has {self._given}")
+      self._given, self._next_params = version, (version, params)
       self._changed.notify_all()
 
   def release(self) -> None:

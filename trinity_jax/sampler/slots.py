@@ -6,6 +6,7 @@ function of the order of events, never of a clock.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import enum
 import heapq
@@ -144,7 +145,10 @@ class Slots:
     whole = [range(d * self.per_shard, (d + 1) * self.per_shard) for d in range(shards)]
     self._blank = [list(numbers) for numbers in whole]
     self._kept: list[dict[int, None]] = [{} for _ in whole]
-    self._prefilling: dict[int, Slot] = {}
+    # Those in PREFILL: the ones that wait for nobody, as (touched, index), the longest waiting
+    # first; the others by the slot that they wait for.
+    self._waiting: list[tuple[int, int]] = []
+    self._after: dict[int, dict[int, Slot]] = {}
 
   def __iter__(self):
     return iter(self.all)
@@ -182,6 +186,10 @@ class Slots:
     slot.filled, slot.source, slot.context = filled, source, version
     slot.generated, slot.sent, slot.mixed, slot.touched = 0, 0, [], self._tick()
     self.reused += source[1] if source else filled
+    if source:
+      self._after.setdefault(source[0], {})[slot.index] = slot
+    else:
+      self._wait(slot)
     if not slot.twin:
       self._first.setdefault(prompt, []).append(slot)
     self.index.put(slot.index, salt, tokens)
@@ -238,20 +246,34 @@ class Slots:
     else:
       taken = heapq.heappop(self._blank[shard])
       assert taken == slot.index
-    self._prefilling[slot.index] = slot
+
+  def _wait(self, slot: Slot) -> None:
+    bisect.insort(self._waiting, (slot.touched, slot.index))
+
+  def _wait_no_more(self, slot: Slot) -> None:
+    """In PREFILL: it waits neither for rows of an extend nor for another slot."""
+    if slot.source is None:
+      del self._waiting[bisect.bisect_left(self._waiting, (slot.touched, slot.index))]
+      return
+    others = self._after[slot.source[0]]
+    del others[slot.index]
+    if not others:
+      del self._after[slot.source[0]]
+    slot.source = None
 
   def free(self, slot: Slot, held: np.ndarray | None) -> None:
     """Empties a slot. held: tokens its cache goes on holding, for a later turn; None: nothing."""
     self._leaves_prefill(slot)
-    self._prefilling.pop(slot.index, None)
-    for other in self._prefilling.values():
-      if other.source is not None and other.source[0] == slot.index:
-        if other.twin:
-          self._first.setdefault(self._prompt(other), []).append(other)
-        other.source = None  # it had not been copied yet: prefills by itself
+    if slot.stage is Stage.PREFILL:
+      self._wait_no_more(slot)
+    for other in self._after.pop(slot.index, {}).values():
+      if other.twin:
+        self._first.setdefault(self._prompt(other), []).append(other)
+      other.source = None  # it had not been copied yet: prefills by itself
+      self._wait(other)
     salt = (slot.context, *slot.open.request.salt) if slot.open else ()
     keep = held is not None and len(held) >= BLOCK and slot.context != MIXED
-    slot.stage, slot.open, slot.source = Stage.FREE, None, None
+    slot.stage, slot.open = Stage.FREE, None
     if keep:
       assert held is not None
       slot.tokens, slot.filled, slot.touched = held, len(held), self._tick()
@@ -279,12 +301,15 @@ class Slots:
   def copies(self) -> list[tuple[Slot, Slot, int]]:
     """(source, target, entries) that can be copied now, twins apart; books them as done."""
     out = []
-    for s in self.at(Stage.PREFILL):
-      if s.source is not None and not s.twin:
-        source = self.all[s.source[0]]
-        if source.filled >= s.source[1]:
-          out.append((source, s, s.source[1]))
-          s.filled, s.source = s.source[1], None
+    targets = (t for others in self._after.values() for t in others.values() if not t.twin)
+    for s in sorted(targets, key=lambda t: t.index):
+      assert s.source is not None
+      source, entries = self.all[s.source[0]], s.source[1]
+      if source.filled >= entries:
+        out.append((source, s, entries))
+        self._wait_no_more(s)
+        s.filled = entries
+        self._wait(s)
     return out
 
   def chunks(self) -> tuple[list[Chunk], int]:
@@ -293,20 +318,21 @@ class Slots:
     The longest waiting slot decides T; others whose next chunk fits come along. A prompt longer
     than the largest T takes turns with the others.
     """
-    longest = self.prompt_lengths[-1]
-    waiting = [s for s in self.at(Stage.PREFILL) if s.source is None]
-    waiting.sort(key=lambda s: (s.touched, s.index))
-    if not waiting:
+    longest, most = self.prompt_lengths[-1], self.prompt_counts[-1]
+    if not self._waiting:
       return [], 0
     count = lambda s: min(len(s.tokens) - s.filled, longest)
-    T = bucket_for(count(waiting[0]), self.prompt_lengths)
+    T = bucket_for(count(self.all[self._waiting[0][1]]), self.prompt_lengths)
     rows = [0] * self.shards
     out = []
-    for s in waiting:
+    for _, index in self._waiting:
+      s = self.all[index]
       d = self.shard(s)
-      if count(s) <= T and rows[d] < self.prompt_counts[-1]:
+      if count(s) <= T and rows[d] < most:
         out.append(Chunk(s, rows[d], s.filled, count(s)))
         rows[d] += 1
+        if len(out) == most * self.shards:
+          break
     return out, T
 
   def advance(self, chunks: list[Chunk]) -> list[tuple[Slot, int, list[Slot]]]:
@@ -314,18 +340,18 @@ class Slots:
     out, now = [], self._tick()
     for c in chunks:
       s = c.slot
+      self._wait_no_more(s)
       s.filled, s.touched = c.start + c.count, now
+      self._wait(s)
       if s.filled == len(s.tokens):
-        twins = [
-          t for t in self.at(Stage.PREFILL) if t.twin and t.source and t.source[0] == s.index
-        ]
-        out.append((s, c.row, twins))
+        twins = [t for t in self._after.get(s.index, {}).values() if t.twin]
+        out.append((s, c.row, sorted(twins, key=lambda t: t.index)))
     return out
 
   def started(self, slots: Iterable[Slot]) -> None:
     """Books first tokens sampled."""
     for s in slots:
       self._leaves_prefill(s)
-      del self._prefilling[s.index]
-      s.stage, s.source = Stage.DECODE, None
+      self._wait_no_more(s)
+      s.stage = Stage.DECODE
       s.filled, s.generated = len(s.tokens), 1

@@ -41,12 +41,12 @@ class Limits:
 
 
 @contextlib.contextmanager
-def api_errors() -> Iterator[None]:
-  """Makes what the engine says of a request an answer."""
+def api_errors(prompt: str = "messages") -> Iterator[None]:
+  """Makes what the engine says of a request an answer; prompt: the field that holds it."""
   try:
     yield
   except PromptTooLong as e:
-    raise ApiError(400, str(e), param="messages", code="context_length_exceeded") from e
+    raise ApiError(400, str(e), param=prompt, code="context_length_exceeded") from e
   except UserError as e:
     raise ApiError(400, str(e)) from e
   except RecursionError as e:
@@ -76,12 +76,17 @@ class Plain:
         for_template, add_generation_prompt=True, tools=ask.tools or None
       )
       prompts = [self._tokenizer.encode(text)]
-    keys = [request_key(base, i) for i in range(len(prompts) * ask.n)]
-    return [self._one(ask, i, prompts[i // ask.n], key, on_text) for i, key in enumerate(keys)]
+    # One number a prompt: its choices go to one sampler of a pool, the next prompt's to another.
+    numbers = [next(self._count) for _ in prompts]
+    return [
+      self._one(ask, i, (0, numbers[i // ask.n], 0, i), prompts[i // ask.n], base, on_text)
+      for i in range(len(prompts) * ask.n)
+    ]
 
   async def _one(
-    self, ask: Ask, index: int, prompt: list[int], key: np.ndarray, on_text: OnText | None
-  ) -> Answer:
+    self, ask: Ask, index: int, order: tuple[int, ...], prompt: list[int], base: int,
+    on_text: OnText | None,
+  ) -> Answer:  # fmt: skip
     most = self._limits
     if len(prompt) > most.max_prompt:
       raise PromptTooLong(
@@ -89,13 +94,12 @@ class Plain:
       )
     limit = ask.limit or most.max_response
     if limit > most.max_response:
-      raise ApiError(
-        400, f"max_tokens = {limit}: at most {most.max_response} here", param="max_tokens"
-      )
-    p, order = most.params, (0, next(self._count), index)
+      name = ask.limit_name
+      raise ApiError(400, f"{name} = {limit}: at most {most.max_response} here", param=name)
+    p = most.params
     request = Request(
       tokens=np.array(prompt, np.int32),
-      key=key,
+      key=request_key(base, index),
       order=order,
       limit=limit,
       stop_ids=self._tokenizer.stop_ids,
@@ -163,18 +167,21 @@ class Recorded:
       model.sampler.leave()
 
 
-async def gathered(choices: Sequence[Coroutine[Any, Any, Answer]], deadline: float) -> list[Answer]:
+async def gathered(
+  choices: Sequence[Coroutine[Any, Any, Answer]], deadline: float, prompt: str
+) -> list[Answer]:
   """All choices of a request; when one fails, or the caller is cancelled, so are the others.
 
   Args:
     deadline: seconds.
+    prompt: the request's field that holds it.
 
   Raises:
     ApiError: whatever went wrong.
   """
   tasks = [asyncio.create_task(c) for c in choices]
   try:
-    with api_errors():
+    with api_errors(prompt):
       async with asyncio.timeout(deadline):
         return list(await asyncio.gather(*tasks))
   finally:

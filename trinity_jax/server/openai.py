@@ -184,13 +184,16 @@ class Api:
       task = asyncio.current_task()
       assert task is not None
       self._sampling.add(task)
+      # From here on, for nothing may be committed while the prompt is being made.
+      in_use = contextlib.nullcontext() if session is None else session.in_use()
       try:
-        with api_errors():
-          if ask.size > LONG:  # seconds of tokenising are not for the event loop
-            choices = await in_thread(backend.choices, ask, on_text)
-          else:
-            choices = backend.choices(ask, on_text)
-        answers = await gathered(choices, self._deadline)
+        with in_use:
+          with api_errors(ask.prompt_name):
+            if ask.size > LONG:  # seconds of tokenising are not for the event loop
+              choices = await in_thread(backend.choices, ask, on_text)
+            else:
+              choices = backend.choices(ask, on_text)
+          answers = await gathered(choices, self._deadline, ask.prompt_name)
       finally:
         self._sampling.discard(task)
       self.counters.answered(answers)

@@ -66,7 +66,7 @@ class Ask:
   Attributes:
     messages, tools: of a chat; None and () for a completion.
     prompts: of a completion, text or token ids each.
-    limit: most tokens of each choice; None: as many as there may be.
+    limit: most tokens of each choice; None: as many as there may be. limit_name: its field.
     temperature, top_p, top_k, min_p: None where the client leaves it to the server.
     parse: whether text that calls tools becomes tool calls.
     single_call: one tool call per reply.
@@ -90,6 +90,12 @@ class Ask:
   prompts: tuple[str | tuple[int, ...], ...] = ()
   parse: bool = True
   single_call: bool = False
+  limit_name: str = "max_tokens"
+
+  @property
+  def prompt_name(self) -> str:
+    """The field that holds the prompt."""
+    return "prompt" if self.messages is None else "messages"
 
   @property
   def sampling(self) -> list[str]:
@@ -190,6 +196,7 @@ def _common(f: Fields) -> dict[str, Any]:
     "stream": stream,
     "usage": usage or not stream,
     "limit": next((x for x in limits if x is not None), None),
+    "limit_name": "max_completion_tokens" if limits[0] is None else "max_tokens",
     "temperature": f.number("temperature", 0, 2),
     "top_p": f.number("top_p", 0, 1, above=True),
     "top_k": f.integer("top_k", 0, 2**31 - 1),

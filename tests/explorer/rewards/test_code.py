@@ -6,6 +6,7 @@ import asyncio
 import json
 
 import pytest
+from growth import assert_linear
 
 from trinity_jax.errors import UserError
 from trinity_jax.explorer.environments import sandbox
@@ -50,9 +51,55 @@ def test_asserts():
   assert code_reward("import sys\nsys.exit(0)", ASSERTS) == 0.0
 
 
+@pytest.mark.parametrize(
+  "tests", ["def check(f):\n  assert f(1, 2) == 3\n",  # HumanEval's
+            "METADATA = {}\n\nimport math\n\nclass T:\n  def test(self):\n    assert math.pi\n"],
+)  # fmt: skip
+def test_asserts_that_nobody_calls_are_refused(tests):
+  """Every program passed them."""
+  with pytest.raises(UserError, match="call nothing, so that every program would pass"):
+    code_reward(RIGHT, tests)
+
+
+def test_asserts_in_a_function_that_is_called():
+  tests = "def check(f):\n  assert f(1, 2) == 3\n\ncheck(add)\n"
+  assert code_reward(RIGHT, tests) == 1.0
+  assert code_reward("def add(a, b): return 4", tests) == 0.0
+
+
+def test_tests_that_are_not_python():
+  with pytest.raises(UserError, match=r"are not Python: .* \(line 1\)"):
+    code_reward(RIGHT, "assert add(1, 2 == 3")
+
+
 def test_the_last_block_counts():
   assert program("```python\na\n```\n```\nb\n```") == "b\n"
   assert program("no fence") == "no fence"
+  assert program("Say ```x``` and ```y```\n```py\na\n```") == "a\n"
+  assert program("Answer:```Python\na\n```") == program("Answer: ```\na\n```") == "a\n"
+
+
+@pytest.mark.parametrize("tag", ["bash", "cpp", "c++", "json", "text", "sh -x"])
+def test_blocks_of_other_languages_are_passed_over(tag):
+  other = f"First:\n```{tag}\nx\n```\nThen:\n"
+  assert program(f"{other}```python\na\n```\nDone.") == "a\n"
+  assert program(f"```python\na\n```\nIt prints\n{other}") == "a\n"
+  assert program(f"{other}```\na\n```".replace("\n", "\r\n")) == "a\n"
+
+
+def test_blocks_are_found_in_linear_time():
+  for part in ("```", "```\n", "```x\n", " ", "\n", "`", "```python\n"):
+    assert_linear(lambda n, part=part: program(part * n), 10_000)
+
+
+def test_more_output_than_the_sandbox_allows_by_default():
+  """Tests whose expected output was above 64 KiB could not be passed."""
+  numbers = list(range(20_000))
+  truth = json.dumps({"inputs": ["20000"], "outputs": ["\n".join(map(str, numbers))]})
+  assert code_reward("for i in range(int(input())): print(i)", truth) == 1.0
+  assert code_reward("while True: print('x' * 1000)", truth) == 0.0
+  truth = json.dumps({"fn_name": "f", "inputs": [[20_000]], "outputs": [numbers]})
+  assert code_reward("def f(n): return list(range(n))", truth) == 1.0
 
 
 def test_as_a_reward_of_a_config():

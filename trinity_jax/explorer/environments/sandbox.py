@@ -123,7 +123,7 @@ class Sandbox:
     )
 
   async def run(
-    self, code: str, *, stdin: str = "", files: Mapping[str, str] | None = None
+    self, code: str, *, stdin: str = "", files: Mapping[str, str] | None = None, output_kb: int = 0
   ) -> Outcome:
     """Runs `code`; whatever it does is an Outcome. Cancelling kills it.
 
@@ -131,11 +131,12 @@ class Sandbox:
       code: the snippet, main.py of its folder.
       stdin: what it can read from stdin.
       files: more files of its folder, {name: text}; names without folders.
+      output_kb: instead of the limit of that name, where it is more.
 
     Raises:
       UserError: the isolation is not allowed here, or a file's name is not a plain one.
     """
-    request = self._request(code, stdin, files)
+    request = self._request(code, stdin, files, output_kb)
     loop = asyncio.get_running_loop()
     async with self._places.setdefault(loop, asyncio.Semaphore(self._at_once)):
       process = await asyncio.create_subprocess_exec(*_command(), **_OPTIONS, limit=1 << 26)
@@ -160,10 +161,10 @@ class Sandbox:
     return self._outcome(line)
 
   def run_blocking(
-    self, code: str, *, stdin: str = "", files: Mapping[str, str] | None = None
+    self, code: str, *, stdin: str = "", files: Mapping[str, str] | None = None, output_kb: int = 0
   ) -> Outcome:
     """`run` for plain functions: blocks the calling thread."""
-    request = self._request(code, stdin, files)
+    request = self._request(code, stdin, files, output_kb)
     with subprocess.Popen(_command(), **_OPTIONS) as process:
       assert process.stdin and process.stdout
       try:
@@ -185,8 +186,11 @@ class Sandbox:
             _kill(process.pid)
     return self._outcome(line)
 
-  def _request(self, code: str, stdin: str, files: Mapping[str, str] | None) -> bytes:
+  def _request(
+    self, code: str, stdin: str, files: Mapping[str, str] | None, output_kb: int
+  ) -> bytes:
     files = dict(files or {})
+    output_kb = max(output_kb, self.limits.output_kb)
     for name in files:
       if not name or name in (".", "..", "main.py") or "/" in name or "\0" in name:
         raise UserError(f"sandbox file {name!r}: expected a plain name other than main.py")
@@ -197,7 +201,7 @@ class Sandbox:
       "owner": os.getpid(),
       "prefix": str(Path(self._python).parents[1]),
       "isolation": self.isolation,
-      "limits": dataclasses.asdict(self.limits),
+      "limits": {**dataclasses.asdict(self.limits), "output_kb": output_kb},
     }
     return json.dumps(request).encode() + b"\n"
 

@@ -6,7 +6,8 @@ The forms a truth may have:
   CodeContests); compared by lines, blanks at their ends aside.
 - {"fn_name": "f", "inputs": [[arguments]], "outputs": [value]}: a function, or a method of a class
   Solution; results are compared as JSON values, numbers to a relative 1e-6.
-- Python text with asserts (as in MBPP and HumanEval), run after the response's code.
+- Python text with asserts (as in MBPP), run after the response's code. Where they stand in a
+  function (HumanEval's `check`) the text must call it, too.
 
 In the first two forms the expected values stay outside the sandbox. Asserts run in the same process
 as the answer, so that an answer that attacks its own interpreter can pass them: prefer the others.
@@ -14,6 +15,7 @@ as the answer, so that an answer that attacks its own interpreter can pass them:
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import math
@@ -28,7 +30,13 @@ from trinity_jax.explorer.environments.sandbox import Limits, Outcome, Sandbox
 if TYPE_CHECKING:
   from trinity_jax.experience import Task
 
-_FENCE = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+# (tag of a block, tag of one that begins within a line, its text). Blocks of other languages are
+# found, too, or what ends them would begin one.
+_FENCE = re.compile(
+  r"(?:^[ \t]*```([^\n`]*)|```(python3?|py)[ \t]*|(?<!\S)```[ \t]*)\n(.*?)```",
+  re.DOTALL | re.IGNORECASE | re.MULTILINE,
+)
+_PYTHON = ("", "python", "python3", "py")
 _TOLERANCE = 1e-6
 
 # The programs below are texts that run inside the sandbox only: its exec of the answer is what the
@@ -76,6 +84,7 @@ class _Run(NamedTuple):
   stdin: str
   files: dict[str, str]
   passed: Callable[[Outcome], list[bool]]
+  output_kb: int = 0  # what the expected output needs
 
 
 def code_reward(
@@ -92,7 +101,8 @@ def code_reward(
 ) -> float:
   """Returns 1.0 when the program of the response passes all tests, else 0.0.
 
-  The program is the last fenced block of the response, or all of it where there is none.
+  The program is the last fenced block of the response (tagged as Python or not at all), or all of
+  it where there is none. It may write twice what the tests expect, and 64 KiB at least.
 
   Args:
     response: what the model wrote.
@@ -109,7 +119,10 @@ def code_reward(
   box = _sandbox(cpu_seconds, wall_seconds, memory_mb, isolation, workers)
   passed: list[bool] = []
   for run in _runs(response, truth):
-    passed += run.passed(box.run_blocking(run.code, stdin=run.stdin, files=run.files))
+    outcome = box.run_blocking(
+      run.code, stdin=run.stdin, files=run.files, output_kb=run.output_kb
+    )
+    passed += run.passed(outcome)
     if not partial and not all(passed):
       return 0.0
   return sum(passed) / len(passed)
@@ -131,15 +144,21 @@ async def code_reward_async(
   box = _sandbox(cpu_seconds, wall_seconds, memory_mb, isolation, workers)
   passed: list[bool] = []
   for run in _runs(response, truth):
-    passed += run.passed(await box.run(run.code, stdin=run.stdin, files=run.files))
+    outcome = await box.run(run.code, stdin=run.stdin, files=run.files, output_kb=run.output_kb)
+    passed += run.passed(outcome)
     if not partial and not all(passed):
       return 0.0
   return sum(passed) / len(passed)
 
 
 def program(response: str) -> str:
-  """The last fenced block of a response, or all of it."""
-  blocks = _FENCE.findall(response)
+  """The last fenced block of a response that may be Python, or all of it."""
+  response = response.replace("\r\n", "\n")
+  blocks = [
+    text
+    for tag, tag_within, text in _FENCE.findall(response)
+    if (tag or tag_within).strip().lower() in _PYTHON
+  ]
   return blocks[-1] if blocks else response
 
 
@@ -161,7 +180,7 @@ def _runs(response: str, truth: str) -> Iterator[_Run]:
     request = json.dumps({"name": name, "cases": tests["inputs"]})
     yield _Run(
       _CALLER, request, {"answer.py": answer},
-      lambda outcome: _results(outcome, tests["outputs"]),
+      lambda outcome: _results(outcome, tests["outputs"]), _kib(json.dumps(tests["outputs"])),
     )  # fmt: skip
   else:
     for given, wanted in zip(tests["inputs"], tests["outputs"]):
@@ -170,7 +189,13 @@ def _runs(response: str, truth: str) -> Iterator[_Run]:
         lambda outcome, wanted=wanted: [
           outcome.reason == "ok" and _lines(outcome.stdout) == _lines(wanted)
         ],
+        _kib(wanted),
       )  # fmt: skip
+
+
+def _kib(wanted: str) -> int:
+  """Room for twice the expected output: what else is printed counts, too."""
+  return 2 * len(wanted.encode()) // 1024 + 1
 
 
 def _results(outcome: Outcome, wanted: list[Any]) -> list[bool]:
@@ -213,6 +238,7 @@ def _tests(truth: str) -> dict[str, Any] | str:
   except ValueError:
     tests = truth
   if isinstance(tests, str) and "assert" in tests:
+    _check_acts(tests)
     return tests
   if isinstance(tests, dict):
     inputs, outputs, name = (tests.get(k) for k in ("inputs", "outputs", "fn_name"))
@@ -226,3 +252,24 @@ def _tests(truth: str) -> dict[str, Any] | str:
     '"inputs" and "outputs" (texts, or with "fn_name" lists of arguments and values), or Python '
     "text with asserts (taskset.truth_key names the field it is read from)"
   )
+
+
+def _check_acts(tests: str) -> None:
+  """Refuses tests that only define: every program would pass them.
+
+  Raises:
+    UserError: they assert and call nothing where they stand, or are not Python.
+  """
+  try:
+    lines = ast.parse(tests).body
+  except SyntaxError as e:
+    raise UserError(
+      f"code reward: the tests {tests[:80]!r} are not Python: {e.msg} (line {e.lineno})"
+    ) from e
+  defining = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+  nodes = (n for line in lines if not isinstance(line, defining) for n in ast.walk(line))
+  if not any(isinstance(n, (ast.Assert, ast.Call)) for n in nodes):
+    raise UserError(
+      f"code reward: the tests {tests[:80]!r} define and call nothing, so that every program would "
+      "pass; append the call, as in 'check(name_of_the_function)'"
+    )

@@ -6,6 +6,7 @@ Runs in our process on what a model wrote: every pattern is one linear pass over
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 _SPACES = "\u00a0\u2007\u2009\u202f"
 # Digit groups: 1\,080 and 1~080.
@@ -14,6 +15,13 @@ _MIXED = re.compile(r"([-+\u2212]?)\s?(\d{1,12})\s{1,3}(\d{1,12})\s?/\s?(\d{1,12
 _TEXT = re.compile(r"\\(?:text|mathrm|textrm|textbf|mathbf|mbox)\s?\{([^{}\\]*)\}")
 _PERCENT = re.compile(r"(?<=\d)\s{0,3}(?:\\text\s?\{\s{0,3}percent\s{0,3}\}|percent)\Z")
 _QUANTITY = re.compile(r"\s?[-+\u2212]?\s?\$?\s?[\d.,]*\d\s?(?:[A-Za-z][A-Za-z /]{0,40})?")
+_SCALED = re.compile(  # 2 million, in front of a unit or not
+  r"([-+]?\s?\$?\s?)(\d[\d,]{0,20}(?:\.\d{1,12})?)\s"
+  r"(dozen|hundred|thousand|million|billion|trillion)\b(?!\sand\b)"
+)
+_SCALES = dict(
+  dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12
+)
 _ROOT = re.compile(r"\\sqrt\s?\[(\d{1,6})\]\s?([A-Za-z0-9])")
 _BINOMIAL = re.compile(r"\\([dt]?binom)\s?(\d)\s?(\d)(?!\d)")
 _NATURAL = re.compile(r"\\log_\s?(?:\{\s?e\s?\}|e(?![A-Za-z]))")
@@ -37,6 +45,9 @@ def tidy(answer: str) -> str:
   if (match := _TEXT.fullmatch(answer)) and _QUANTITY.fullmatch(match[1]):
     answer = match[1].strip()  # \text{18 dollars}
   answer = _PERCENT.sub(r"\\%", answer)
+  if match := _SCALED.match(answer):
+    number = Decimal(match[2].replace(",", "")) * _SCALES[match[3]]
+    answer = f"{match[1]}{number.normalize():f}{answer[match.end() :]}"
   if match := _MIXED.fullmatch(answer):
     sign = "-" if match[1] == "-" else ""
     return f"{sign}{match[2]}\\frac{{{match[3]}}}{{{match[4]}}}"
@@ -66,6 +77,7 @@ _NAMES = (
   "in inch inches", "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram",
   "kg kilogram", "lb lbs pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day",
   "week", "month", "year", "ml milliliter millilitre", "l liter litre", "dollar", "cent", "euro",
+  "am", "pm",
 )  # fmt: skip
 UNITS = {
   name: names.split()[0]
