@@ -76,6 +76,31 @@ def test_devices_that_cannot_be_split(keys, expected):
     build.make_meshes(config((-1, 1, 1), **keys))
 
 
+@pytest.mark.parametrize(
+  ("mesh", "keys", "data", "tensor"),
+  [
+    ((-1, 16, 1), {}, 8, 1), ((4, 16, 4), {"tensor": 2}, 4, 2), ((2, 1, 1), {"devices": 64}, 8, 1),
+    ((2, 2, 2), {}, 2, 2),  # which fits
+  ],
+)  # fmt: skip
+def test_an_explorer_on_a_machine_unlike_the_trainers(mesh, keys, data, tensor):
+  """The launchers give it the trainer's keys: it ended with exit code 1, and all with it."""
+  said = []
+  meshes = build.make_sampling_meshes(config(mesh, **keys), said.append)
+  (rollout,) = meshes.rollout
+  assert rollout is meshes.train and rollout.shape["data"] == data
+  assert rollout.shape["tensor"] == tensor
+  if mesh == (2, 2, 2):
+    assert not said
+  else:
+    assert "the trainer's layout is not for this machine (" in said[0]
+
+
+def test_samplers_that_cannot_be_split_anywhere():
+  with pytest.raises(UserError, match="config.sampler.tensor = 3: must divide the 8 devices of"):
+    build.make_sampling_meshes(config((-1, 16, 1), tensor=3), print)
+
+
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
   """Metrics of each step of a run whose training and sampling share one device."""

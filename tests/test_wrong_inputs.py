@@ -213,6 +213,17 @@ def test_names_that_do_not_exist(run, args, expected):
   assert expected in run(*args)
 
 
+@pytest.mark.parametrize(
+  ("key", "expected"),
+  [("url': 'postgres://a@b/c", "buffer store 'postgres://a@b/c': expected memory, sqlite"),
+   ("replay': '/no/such", "config.buffer.replay = '/no/such': there is no such")],
+)  # fmt: skip
+def test_the_last_stages_buffer_is_checked_before_the_first_one_runs(run, tmp_path, key, expected):
+  """After hours of supervised training, say, which opens none."""
+  line = run(f"--config.stages=({{'name': 'a'}}, {{'name': 'b', 'buffer': {{'{key}'}}}})")
+  assert expected in line and not (tmp_path / "run" / "a").exists()
+
+
 def test_the_last_stage_is_checked_before_the_first_one_runs(run, tmp_path):
   """And a workdir in which nothing was trained takes the corrected config."""
   stages = "({{'name': 'a'}}, {{'name': 'b', 'taskset.reward': '{}'}})"

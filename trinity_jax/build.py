@@ -186,6 +186,28 @@ def make_meshes(config: Config, devices: Sequence[Any] | None = None) -> Meshes:
   return Meshes(train, tuple(sharding.make_mesh(-1, 1, s.tensor or each, p) for p in parts))
 
 
+def make_sampling_meshes(config: Config, report: Callable[[str], None]) -> Meshes:
+  """Where only sampling is done: the trainer's layout, where the devices here can have it.
+
+  An explorer's machine is rarely like the trainer's. Else all devices are the sampler's, by
+  config.sampler.tensor (1 unless set), and `report` is told.
+
+  Raises:
+    UserError: config.sampler.tensor does not divide the devices.
+  """
+  try:
+    return make_meshes(config)
+  except UserError as e:
+    devices, tensor = jax.devices(), config.sampler.tensor or 1
+    if len(devices) % tensor:
+      raise UserError(
+        f"config.sampler.tensor = {tensor}: must divide the {len(devices)} devices of this process"
+      ) from e
+    mesh = sharding.make_mesh(-1, 1, tensor, devices)
+    report(f"the trainer's layout is not for this machine ({e}): sampling on {dict(mesh.shape)}")
+    return Meshes(mesh, (mesh,))
+
+
 def _local_rollout(config: Config, devices: Sequence[Any]) -> Mesh:
   """The sampler's mesh where several processes train: the devices of its own process.
 

@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from trinity_jax import build
 from trinity_jax.algorithms.algorithm import Algorithm
 from trinity_jax.algorithms.algorithm import make as make_algorithm
+from trinity_jax.buffer import recorded
+from trinity_jax.buffer.store import check_url
 from trinity_jax.config import Config, TasksetConfig, stage_configs
 from trinity_jax.config_checks import check_lag, check_rows
 from trinity_jax.errors import UserError
@@ -66,6 +68,9 @@ def plan(config: Config) -> Plan:
   if not algorithm.supervised:
     make_reward(config.taskset.reward, config.taskset.reward_args)
     find_workflow(config.taskset.workflow)
+    check_url(config.buffer.url)
+  if config.buffer.replay:
+    recorded.find(config.buffer.replay)
   taskset = build.training_taskset(config, algorithm)
   build.expert_taskset(config, algorithm)
   build.held_out_texts(config, algorithm)

@@ -240,8 +240,8 @@ def _check_together(c: Config) -> None:
   if c.sampler.top_p < 1 or c.sampler.top_k:
     raise UserError(
       f"config.sampler.top_p = {c.sampler.top_p}, top_k = {c.sampler.top_k}: the trainer's "
-      "log-probs are those of the whole distribution, so truncated rollouts would be off-policy "
-      "without a correction; use top_p=1.0 and top_k=0 for training (evaluation is free to differ)"
+      "log-probs are those of the whole distribution, so truncated rollouts would be off-policy; "
+      "use top_p=1.0 and top_k=0 for training (evaluation is free to differ)"
     )
   _check_pace(c)
   per_step = c.explorer.batch_size * c.explorer.group_size

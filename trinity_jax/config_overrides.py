@@ -28,8 +28,9 @@ def override(values: ConfigDict, args: Sequence[str]) -> tuple[ConfigDict, list[
   for name in names:
     config_keys.check_key(name)
   values, rest = _read(values, whole)
-  stages = [dict(stage) for stage in values.stages if isinstance(stage, Mapping)]
-  if len(stages) < len(values.stages):  # `resolve` will say that they are no stages
+  given: Any = values.stages
+  stages = [dict(stage) for stage in given if isinstance(stage, Mapping)]
+  if len(stages) < len(given):  # `resolve` will say that they are no stages
     return values, rest
   for arg in args:
     if _of_stage(arg):
@@ -57,7 +58,8 @@ def _read(values: ConfigDict, args: Sequence[str]) -> tuple[ConfigDict, list[str
     accept_new_attributes=True,
   )  # fmt: skip
   rest = keys(["", *args])[1:]
-  return keys["config"].value, rest
+  read: Any = keys["config"].value
+  return read, rest
 
 
 def _of_stage(arg: str) -> bool:

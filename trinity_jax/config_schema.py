@@ -212,9 +212,9 @@ class SamplerConfig:
   )
   temperature: float = key(1.0, "Temperature of training rollouts.", low=0.0)
   top_p: float = key(
-    1.0, "Nucleus of training rollouts; below 1 needs a correction.", above=0.0, high=1.0
+    1.0, "Nucleus; training needs the whole distribution, 1.", above=0.0, high=1.0
   )
-  top_k: int = key(0, "Candidates of training rollouts; 0 means all.", low=0)
+  top_k: int = key(0, "Candidates of each token; training needs all, 0.", low=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def _explore(stack, config: Config, directory: Path, timeline, progress, preempt
   model_path = wait_for_start(config, directory, buffer.bell)
   algorithm = make_algorithm(config.algorithm)
   check_lag(config, algorithm)
-  meshes = build.make_meshes(config)
+  meshes = build.make_sampling_meshes(config, progress.message)
   model, launch = hf.load_config(model_path), LaunchOrder(meshes.train)
   versions = published(config, directory, model, launch, meshes.train, buffer.bell)
   buffer.release(config.explorer.name)  # what an earlier life of this explorer had claimed

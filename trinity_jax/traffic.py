@@ -65,15 +65,19 @@ def serve_and_record(
         report(f"the trainer went back to an earlier step; beginning again: {root_cause(error)}")
 
 
+def buffer_of_sessions(config: Config, directory: Path) -> ReplayBuffer:
+  """The stage's buffer, for sessions, of which each is a group of one run."""
+  alone = dataclasses.replace(config.explorer, min_runs=0)  # with more all would be dropped
+  of_sessions = dataclasses.replace(config, explorer=alone)
+  return build.make_buffer(of_sessions, make_schedule(config.sync), directory, 0)
+
+
 def _serve(stack, config: Config, directory: Path, preemption: Preemption, report) -> None:
   """One life of the server, until it is told to end or the trainer goes back."""
-  # Each session is a group of its own: with min_runs above 1 all would be dropped.
-  alone = dataclasses.replace(config.explorer, min_runs=0)
-  of_sessions = dataclasses.replace(config, explorer=alone)
-  buffer = build.make_buffer(of_sessions, make_schedule(config.sync), directory, 0)
+  buffer = buffer_of_sessions(config, directory)
   stack.callback(build.close_buffer, buffer)
   model_path = exploring.wait_for_start(config, directory, buffer.bell)
-  meshes = build.make_meshes(config)
+  meshes = build.make_sampling_meshes(config, report)
   model, launch = hf.load_config(model_path), LaunchOrder(meshes.train)
   versions = exploring.published(config, directory, model, launch, meshes.train, buffer.bell)
   buffer.release(config.explorer.name)  # what an earlier life had claimed

@@ -11,6 +11,8 @@
   stop      asks a run to save and end, as SIGTERM does
   delete    deletes the resource and its hosts
 
+            A `run` that still follows would start or create it again: end that first (Ctrl-C)
+
   --name=NAME         of the resource and of its node
   --zone=ZONE         of Cloud TPU
   --project=ID        default: gcloud's own

@@ -6,6 +6,7 @@
   --name=NAME         of the job; its output is NAME-JOB.log in the folder this is called from
   --nodes=N           nodes, and processes (default 1)
   --gpus_per_node=N   default 0: what the partition gives
+  --cpus_per_node=N   likewise; where nodes are shared that may be one
   --time=D-HH:MM:SS   limit of one job; a longer run goes on in the next one by itself
   --option=ARG        further options of sbatch, such as --option=--partition=a100; any number
   --restarts=N        how often a run that fails is started again (default 3); after a preemption
@@ -41,6 +42,8 @@ SCRIPT = """\
 set -uo pipefail
 cd {root} || exit 1
 {processes}
+cpus="${{SLURM_CPUS_PER_TASK:-${{SLURM_CPUS_ON_NODE:-}}}}" # srun does not inherit it from sbatch
+if [[ -n $cpus ]]; then export SRUN_CPUS_PER_TASK="$cpus"; fi
 # Nothing is killed when one process ends: the others notice, and name it.
 # shellcheck disable=SC2016  # each task expands it
 srun --label --kill-on-bad-exit=0 --wait={end} bash -c {inner} run {command}
@@ -80,6 +83,8 @@ def render(values: flags.FlagValues, run: list[str]) -> str:
   ]
   if values.gpus_per_node:
     options.append(f"--gpus-per-node={values.gpus_per_node}")
+  if values.cpus_per_node:
+    options.append(f"--cpus-per-task={values.cpus_per_node}")
   if values.time:
     options.append(f"--time={values.time}")
   explores = commands.flag(run, "mode") == "explore"
@@ -103,6 +108,7 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string("time", "", "Time limit.", flag_values=values)
   flags.DEFINE_integer("nodes", 1, "Nodes.", lower_bound=1, flag_values=values)
   flags.DEFINE_integer("gpus_per_node", 0, "GPUs.", lower_bound=0, flag_values=values)
+  flags.DEFINE_integer("cpus_per_node", 0, "CPUs.", lower_bound=0, flag_values=values)
   flags.DEFINE_integer("restarts", 3, "Restarts.", lower_bound=0, flag_values=values)
   flags.DEFINE_multi_string("option", [], "Options of sbatch.", flag_values=values)
 

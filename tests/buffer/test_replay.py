@@ -15,7 +15,7 @@ from trinity_jax.buffer.record import describe_group
 from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.buffer.storage_memory import MemoryStore
 from trinity_jax.errors import RunFailed, UserError
-from trinity_jax.experience import ExperienceId
+from trinity_jax.experience import Experience, ExperienceId, StopReason
 
 WAIT = 30
 
@@ -406,6 +406,17 @@ def test_delayed_rewards(place):
   assert [e.reward for e in got] == [1.0, 2.0, 0.5]
   assert put(buffer, late) == ["same"]  # compared without the late rewards
   waker.join()
+
+
+def test_a_late_reward_of_a_group_that_is_to_be_dropped(place):
+  """In memory its group waited for ever, and all that came after it."""
+  buffer = place.buffer(tasks_per_step=1, max_staleness=9, min_runs=2)
+  failed = Experience.failed(ExperienceId(1, 0, 0, 0), StopReason.ERROR, {})
+  good = [experience((2, 0, run, 0)) for run in range(2)]
+  put(buffer, [failed, experience((1, 0, 1, 0), late=True)], good)
+  buffer.give_reward(ExperienceId(1, 0, 1, 0), 1.0)
+  assert ids(buffer.sample(1, 1, WAIT)) == [(2, 0, 0), (2, 0, 1)]
+  assert buffer.stats()["dropped"] == 1 and buffer.stats()["waiting"] == 0
 
 
 def test_claims(place):

@@ -230,6 +230,11 @@ def test_eval_metrics_by_hand():
     "eval/x/accuracy": 0.25, "eval/x/avg@2": 0.875, "eval/x/pass@2": 0.5, "eval/accuracy": 0.25,
   }  # fmt: skip
   assert "eval/accuracy" not in explorer_lib.eval_metrics("x", groups, main=False)
+  # Points for the form of an answer solve nothing; -1 where it is wrong is no share.
+  part = explorer_lib.eval_metrics("x", [[run(0.1, 0.1)] * 4, [run(1.0, 1.0)] * 4], main=False)
+  assert part["eval/x/pass@4"] == 0.5 and part["eval/x/accuracy"] == pytest.approx(0.55)
+  signs = explorer_lib.eval_metrics("x", [[run(1.0, 1.0), run(-1.0, -1.0)]] * 2, main=False)
+  assert signs["eval/x/accuracy"] == 0.5 and signs["eval/x/avg@2"] == 0.0
 
 
 def test_group_metrics_by_hand():

@@ -75,8 +75,9 @@ def job(tmp_path, monkeypatch):
 
 
 def test_what_is_asked_of_slurm(capsys):
-  script = render(capsys, "--nodes=4", "--gpus_per_node=8", "--time=1-00:00:00",
-                  "--option=--partition=a100", "--option=--account=x")  # fmt: skip
+  script = render(capsys, "--nodes=4", "--gpus_per_node=8", "--cpus_per_node=64",
+                  "--time=1-00:00:00", "--option=--partition=a100",
+                  "--option=--account=x")  # fmt: skip
   lines = script.splitlines()
   assert lines[0] == "#!/bin/bash"
   end = lines.index("set -uo pipefail")  # sbatch reads options up to the first command
@@ -84,7 +85,7 @@ def test_what_is_asked_of_slurm(capsys):
     f"#SBATCH {option}" for option in (
       "--job-name=qwen", "--output=qwen-%j.log", "--open-mode=append", "--nodes=4",
       "--ntasks-per-node=1", "--requeue", "--signal=TERM@300", "--gpus-per-node=8",
-      "--time=1-00:00:00", "--partition=a100", "--account=x",
+      "--cpus-per-task=64", "--time=1-00:00:00", "--partition=a100", "--account=x",
     )
   }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ def test_the_words_of_a_tpu():
   kinds = {(c.kind, c.overlaps): (c.sent, c.largest, c.devices) for c in found.collectives}
   assert kinds == {
     ("all-gather", True): (3 / 4 * 16 * 8 * 2, 128, 4),  # once, though two fusions name it
-    ("collective-permute", True): (32 * 8 * 4, 256, 1),
+    ("collective-permute", True): (32 * 8 * 4, 256, 2),
     ("reduce-scatter", False): (3 / 4 * 32 * 8 * 4, 64, 4),
   }
   assert len(found.collectives) == 3
@@ -144,6 +145,25 @@ def test_the_words_of_a_tpu():
   # fusion.2 reads and writes 32 x 8 and hands the gathered array on; the kernel reads three such
   # and writes to fast memory; the other kernel reads and writes.
   assert found.bytes == 32 * 8 * 4 * (2 + 3 + 2)
+
+
+@pytest.mark.parametrize(
+  ("attributes", "group"),
+  [
+    ("replica_groups={{0,8},{1,9}}", (0, 8)),
+    ("replica_groups=[8,2]<=[2,8]T(1,0)", (0, 8)),
+    ("replica_groups=[2,8]<=[16]", tuple(range(8))),
+    ("replica_groups=[4,4]<=[2,2,2,2]T(0,2,1,3)", (0, 1, 4, 5)),
+    ("replica_groups=mesh['data'=2,'fsdp'=8] {'data'}", (0, 8)),
+    ("replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp':(2)4}", (0, 1, 2, 3)),
+    ("replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp':(1)2}", (0, 4)),
+    ("channel_id=5, source_target_pairs={{0,1},{1,9},{9,0}}", (9, 0)),
+    ("source_target_pairs={{3,4}}", (3, 4)),
+    ("channel_id=1", (0,)),
+  ],
+)
+def test_who_exchanges(attributes, group):
+  assert costs._group(types.SimpleNamespace(attributes=attributes)) == group
 
 
 def test_windows_and_updates_move_their_own_size():

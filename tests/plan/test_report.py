@@ -53,7 +53,10 @@ def compiled(temporary=1_000_000, **exceeds):
   busy = Cost(
     4e9,
     2e7,
-    (Collective("all-gather", 3e6, 1000, 2, False), Collective("all-reduce", 2e6, 9, 2, True)),
+    (
+      Collective("all-gather", 3e6, 1000, (0, 1), False),
+      Collective("all-reduce", 2e6, 9, (0, 1), True),
+    ),
   )
   idle = Cost(1e7, 1e7)
   return [
@@ -142,6 +145,7 @@ def test_text_of_a_plan(made):
   assert "sends in GB: all-gather 0.003, all-reduce 0.002; the largest all-gather has 1,000" in text
   assert "fits" in text and "does NOT fit" not in text and "change" not in text
   assert "estimate of a step: 0.036 s" in text and "An estimate:" in text
+  assert "not in this estimate: the reference's log-probs" in text
 
 
 def test_what_to_change(made):

@@ -79,8 +79,9 @@ def test_kinds():
 
 def test_links_between_servers_are_slower():
   chip = CHIPS["h100"]
-  assert chip.rate(8) == chip.link > chip.rate(16) == chip.far > 0
-  assert CHIPS["v5p"].rate(256) == CHIPS["v5p"].link
+  assert chip.rate(range(8)) == chip.link > chip.rate(range(16)) == chip.far > 0
+  assert chip.rate((0, 8)) == chip.far and chip.rate((8, 15)) == chip.link
+  assert CHIPS["v5p"].rate(range(256)) == CHIPS["v5p"].link
 
 
 @pytest.mark.aot

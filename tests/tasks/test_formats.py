@@ -33,6 +33,7 @@ def test_reads_rows_with_their_lines(tmp_path):
     (b'{"a": NaN}\n', r"rows.jsonl:1: not JSON \(NaN is not a JSON number\)"),
     (b'["a"]\n', r"rows.jsonl:1: expected a JSON object with named fields, got list: \['a'\]"),
     (b'{"a": "\xff"}\n', "rows.jsonl:1: byte 7 is not UTF-8"),
+    (b"PAR1\x15\x04\xff\n\n", "rows.jsonl is a Parquet file; expected JSON lines"),
     (b"[" * 100_000 + b"\n", "rows.jsonl:1: not JSON"),
   ],
 )

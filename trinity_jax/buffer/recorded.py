@@ -11,6 +11,21 @@ from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience
 
 
+def find(path: str | Path) -> Path:
+  """The file of a run's buffer, given it or its folder.
+
+  Raises:
+    UserError: there is none.
+  """
+  file = Path(path) / "buffer.sqlite" if Path(path).is_dir() else Path(path)
+  if not file.is_file():
+    raise UserError(
+      f"config.buffer.replay = {str(path)!r}: there is no {file.name}; name the folder of a "
+      "run's stage that was run with buffer.keep=True"
+    )
+  return file
+
+
 class Recorded:
   """The groups of a SQLite buffer, in id order; the file is not changed.
 
@@ -26,14 +41,7 @@ class Recorded:
 
     from trinity_jax.buffer.schema import EXPERIENCES, GROUPS
 
-    self.path = Path(path)
-    if self.path.is_dir():
-      self.path = self.path / "buffer.sqlite"
-    if not self.path.is_file():
-      raise UserError(
-        f"config.buffer.replay = {str(path)!r}: there is no {self.path.name}; name the folder of a "
-        "run's stage that was run with buffer.keep=True"
-      )
+    self.path = find(path)
     self._sa, self._table = sa, EXPERIENCES
     self._engine = sa.create_engine(f"sqlite:///file:{self.path.absolute()}?mode=ro&uri=true")
     with self._engine.connect() as connection:

@@ -151,13 +151,6 @@ class PostgresStore(SqlStore):
 def open_postgres(url: str, *, patience: float, namespace: str) -> PostgresStore:
   """See `open_store`."""
   try:
-    import psycopg
-  except ImportError as e:
-    raise UserError(
-      'buffer store postgresql://: psycopg is not installed; pip install "trinity_jax[postgres]"'
-    ) from e
-  del psycopg
-  try:
     parsed = sa.make_url(url).set(drivername="postgresql+psycopg")
   except (ArgumentError, ValueError) as e:
     raise UserError(f"buffer store: not a PostgreSQL URL ({e})") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import uuid
 from pathlib import Path
@@ -25,6 +26,29 @@ def own_namespace(directory: Path) -> str:
       os.link(part, path)
     part.unlink()
   return path.read_text()
+
+
+def check_url(url: str) -> tuple[str, str]:
+  """(kind, what follows "://") of a store that `open_store` could open; nothing is opened.
+
+  Raises:
+    UserError: another kind of URL, or a package that is missing.
+  """
+  kind, _, rest = url.partition("://")
+  kind = kind.partition("+")[0]
+  if kind not in ("memory", "sqlite", "postgresql") or (kind == "postgresql" and not rest):
+    raise UserError(
+      f"buffer store {url!r}: expected memory, sqlite, sqlite:///PATH or postgresql://USER@HOST/NAME"
+    )
+  needed = {"memory": (), "sqlite": ("sqlalchemy",), "postgresql": ("sqlalchemy", "psycopg")}[kind]
+  for package in needed:
+    if importlib.util.find_spec(package) is None:
+      extra = "'trinity_jax[postgres]'" if package == "psycopg" else package
+      raise UserError(
+        f"buffer store {kind}: {package} is not installed; pip install {extra}, or set "
+        "buffer.url=memory (one process, nothing survives it)"
+      )
+  return kind, rest
 
 
 def open_store(
@@ -55,21 +79,12 @@ def open_store(
   """
   if durability not in ("process", "power"):
     raise UserError(f"buffer durability {durability!r}: expected process or power")
-  if url == "memory":
+  kind, rest = check_url(url)
+  if kind == "memory":
     return MemoryStore()
-  kind, _, rest = url.partition("://")
-  kind = kind.partition("+")[0]
-  if kind not in ("sqlite", "postgresql") or (kind == "postgresql" and not rest):
-    raise UserError(
-      f"buffer store {url!r}: expected memory, sqlite, sqlite:///PATH or postgresql://USER@HOST/NAME"
-    )
-  try:
-    from trinity_jax.buffer import database
-    from trinity_jax.buffer.storage_sql import SqlStore
-  except ModuleNotFoundError as e:
-    raise UserError(
-      f"buffer store {url!r}: {e.name} is not installed; pip install it, or set buffer.url=memory"
-    ) from e
+  from trinity_jax.buffer import database
+  from trinity_jax.buffer.storage_sql import SqlStore
+
   if kind == "postgresql":
     from trinity_jax.buffer.storage_postgres import open_postgres
 

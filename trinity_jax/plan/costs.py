@@ -14,6 +14,8 @@ import math
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from trinity_jax.plan.hlo import Computation, Instruction, Module, Shape, braces, parse
 from trinity_jax.plan.products import flops_of
 
@@ -36,17 +38,22 @@ class Collective:
   Attributes:
     sent: bytes that each device sends in all runs, by a ring's algorithm.
     largest: elements of its result.
-    devices: how many take part.
+    group: numbers of the devices of one group that exchange; of a permutation the two that are
+      furthest apart.
     overlaps: whether the program goes on while it runs.
   """
 
   kind: str
   sent: float
   largest: int
-  devices: int
+  group: tuple[int, ...]
   overlaps: bool
   count: float = 1.0
   op_name: str = ""
+
+  @property
+  def devices(self) -> int:
+    return len(self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +219,12 @@ class _Sum:
       size = sum(s.bytes for s in given)
     if kind == "all-reduce":
       size = sum(s.bytes for s in given)
-    devices = _group(i)
-    share = (devices - 1) / devices if kind != "collective-permute" else 1.0
+    group = _group(i)
+    share = (len(group) - 1) / len(group) if kind != "collective-permute" else 1.0
     times = 2.0 if kind == "all-reduce" else 1.0
     overlaps = i.opcode.endswith("-start") and '"is_sync":true' not in i.attributes
     largest = max((s.size for s in out), default=0)
-    return Collective(kind, times * share * size, largest, devices, overlaps, 1.0, i.op_name)
+    return Collective(kind, times * share * size, largest, group, overlaps, 1.0, i.op_name)
 
   def _puts(self, where: Computation, name: str) -> bool:
     """Whether an all-reduce's operand is zeros with the device's own part put into them: so XLA
@@ -283,18 +290,38 @@ def _scattered(c: Collective) -> Collective:
   )
 
 
-def _group(i: Instruction) -> int:
-  """Devices in one group of a collective."""
+def _group(i: Instruction) -> tuple[int, ...]:
+  """The devices of one group of a collective, by their numbers in the program."""
+  pairs = re.search(r"source_target_pairs=\{([^}]*\}(?:,\{[^}]*\})*)\}", i.attributes)
+  if pairs:
+    found = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
+    return max(found, key=lambda pair: abs(pair[0] - pair[1]))
   mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes)
   if mesh:
     sizes = {k: int(n) for k, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-    names = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
-    return math.prod(int(part) if part else sizes[name] for name, part in names)
+    strides, stride = {}, math.prod(sizes.values())
+    for name, size in sizes.items():
+      strides[name] = stride = stride // size
+    group = np.zeros(1, np.int64)
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", mesh[2]):
+      size, stride = sizes[name], strides[name]
+      if part:  # the second of what the axis is made of: `before` x part x the rest
+        stride *= size // (int(before) * int(part))
+        size = int(part)
+      group = (group[:, None] + stride * np.arange(size)).reshape(-1)
+    return tuple(map(int, group))
   listed = re.search(r"replica_groups=\{\{([\d,]*)\}", i.attributes)
   if listed:
-    return len(listed[1].split(","))
-  counted = re.search(r"replica_groups=\[(\d+),(\d+)\]", i.attributes)
-  return int(counted[2]) if counted else 1
+    return tuple(map(int, listed[1].split(",")))
+  counted = re.search(
+    r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.attributes
+  )
+  if not counted:
+    return (0,)
+  dims = [int(n) for n in counted[3].split(",")]
+  order = [int(n) for n in counted[4].split(",")] if counted[4] else range(len(dims))
+  numbers = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+  return tuple(map(int, numbers.reshape(int(counted[1]), int(counted[2]))[0]))
 
 
 # --- memory traffic -------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def make_plan(
 def times_of(cost: Cost, chip: Chip) -> Times:
   links = {False: 0.0, True: 0.0}
   for c in cost.collectives:
-    links[c.overlaps] += c.sent / chip.rate(c.devices)
+    links[c.overlaps] += c.sent / chip.rate(c.group)
   return Times(cost.flops / chip.flops, cost.bytes / chip.bandwidth, links[False], links[True])
 
 
@@ -318,6 +318,8 @@ def _time(made: Plan) -> list[str]:
   if made.step:
     parts = ", ".join(f"{k} {v:.3g}" for k, v in made.step.items())
     lines.append(f"estimate of a step: {sum(made.step.values()):.3g} s ({parts})")
+    if left_out := _left_out(made.stage):
+      lines.append(f"not in this estimate: {', '.join(left_out)}")
   if "train step" in made.times:
     lines.append(f"train step at this estimate: MFU {100 * model_flops_share(made):.0f} %")
   lines.append(
@@ -325,6 +327,17 @@ def _time(made: Plan) -> list[str]:
     "do not overlap; every sequence as long as it may be, no waiting of the host, no environment."
   )
   return lines
+
+
+def _left_out(stage: Stage) -> list[str]:
+  """Passes over a step's tokens that are not among the programs that plan compiles."""
+  algorithm, c = stage.algorithm, stage.config
+  out = {
+    "the reference's log-probs": algorithm.needs_reference,
+    "the teacher's": algorithm.needs_teacher and bool(c.algorithm.teacher),
+    "the critic's values and its update": algorithm.needs_critic,
+  }
+  return [what for what, there in out.items() if there]
 
 
 def _gb(n: float) -> str:

@@ -36,9 +36,9 @@ class Chip(NamedTuple):
   far: float = 0.0
   source: str = ""
 
-  def rate(self, devices: int) -> float:
-    """Bytes a second that a device sends in a collective of so many."""
-    return self.far if self.host and devices > self.host else self.link
+  def rate(self, group: Sequence[int]) -> float:
+    """Bytes a second that a device sends in a collective of the devices of these numbers."""
+    return self.far if self.host and len({d // self.host for d in group}) > 1 else self.link
 
 
 # A chip's published interconnect is the sum of all its ports, both directions: a torus of two

@@ -56,6 +56,11 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
   try:
     row = json.loads(line.decode("utf-8-sig"), parse_constant=_not_json)
   except UnicodeDecodeError as e:
+    if line.startswith(b"PAR1"):
+      raise UserError(
+        f"{where.rpartition(':')[0]} is a Parquet file; expected JSON lines, which "
+        "pandas.read_parquet(...).to_json('rows.jsonl', orient='records', lines=True) makes"
+      ) from e
     raise UserError(f"{where}: byte {e.start} is not UTF-8; save the file as UTF-8") from e
   except (ValueError, RecursionError) as e:
     shown = line.decode(errors="replace").strip()[:_SHOWN]
