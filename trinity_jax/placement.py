@@ -36,7 +36,6 @@ def fetch(tree: Any, launch: Callable[..., Any] | None = None) -> Any:
     launch: of the arrays' mesh, where other threads use it too.
   """
 
-
   def one(x: Any) -> Any:
     if _is_here(x):
       return x

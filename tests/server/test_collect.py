@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import time
 import weakref
@@ -19,11 +20,12 @@ from trinity_jax.buffer.replay import ReplayBuffer
 from trinity_jax.buffer.storage_memory import MemoryStore
 from trinity_jax.config import base_config, resolve
 from trinity_jax.errors import RunFailed
-from trinity_jax.experience import ExperienceId
+from trinity_jax.experience import Experience, ExperienceId, StopReason
 from trinity_jax.explorer.workflow import Model, SamplingParams
 from trinity_jax.server.collect import Collector
 from trinity_jax.server.sessions import Sessions
 from trinity_jax.serving import make_server
+from trinity_jax.traffic import buffer_of_sessions
 
 CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
 WAIT, FIRST = 60, ExperienceId(1, 0, 0, 0)
@@ -84,6 +86,18 @@ def test_committed_sessions_are_sampled_by_the_trainer(served):
     mine = e.tokens[e.action_mask]
     assert served.tokenizer.decode(mine) == texts[e.info["session"]]
     assert (e.versions[e.action_mask] == 0).all() and (e.logprobs[e.action_mask] < 0).all()
+
+
+def test_a_session_is_a_whole_group_whatever_a_group_needs(served, tmp_path):
+  """With min_runs above 1 each was accepted, and dropped where the trainer looked for it."""
+  more = {"explorer.min_runs": 2, "explorer.batch_size": 1, "mode": "train"}
+  with contextlib.closing(buffer_of_sessions(config_of(served, **more), tmp_path)) as buffer:
+    experience = Experience.failed(FIRST, StopReason.ERROR, {})
+    good = dataclasses.replace(experience, stop_reason=StopReason.STOP, reward=1.0)
+    assert asyncio.run(buffer.put([good])) == "stored"
+    assert [e.id for e in buffer.sample(1, 1, WAIT)] == [FIRST]
+    assert buffer.dropped == 0
+  buffer.store.close()
 
 
 def test_a_row_without_a_reward_is_ready_when_that_comes(served):
