@@ -68,8 +68,10 @@ def test_asserts_in_a_function_that_is_called():
 
 
 def test_tests_that_are_not_python():
-  with pytest.raises(UserError, match=r"are not Python: .* \(line 1\)"):
+  with pytest.raises(UserError, match="are not Python: .* line 1"):
     code_reward(RIGHT, "assert add(1, 2 == 3")
+  with pytest.raises(UserError, match="are not Python: .* null bytes"):
+    code_reward(RIGHT, "assert add(1, 2) == 3\0")
 
 
 def test_the_last_block_counts():

@@ -262,10 +262,8 @@ def _check_acts(tests: str) -> None:
   """
   try:
     lines = ast.parse(tests).body
-  except SyntaxError as e:
-    raise UserError(
-      f"code reward: the tests {tests[:80]!r} are not Python: {e.msg} (line {e.lineno})"
-    ) from e
+  except (SyntaxError, ValueError) as e:  # the latter: null bytes
+    raise UserError(f"code reward: the tests {tests[:80]!r} are not Python: {e}") from e
   defining = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
   nodes = (n for line in lines if not isinstance(line, defining) for n in ast.walk(line))
   if not any(isinstance(n, (ast.Assert, ast.Call)) for n in nodes):
