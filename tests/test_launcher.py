@@ -65,7 +65,7 @@ def test_overrides_of_every_kind(launch, recipe):
     "--config.algorithm.policy_loss_args.clip_high=0.28", "--config.taskset.generate_args.n=4",
     "--config.taskset.reward_args.weights={'format': 0.5}", "--config.trainer.row_lengths=13",
     "--config.trainer.total_steps=4", "--config.trainer.total_steps=5",
-    "--config.stages=({'name': 'a', 'trainer.total_steps': 5},)",
+    "--config.stages=({'name': 'a', 'trainer.save_interval': 5},)",
   ])  # fmt: skip
   assert own["workdir"].value == "w" and own["debug"].value and own["mode"].value is None
   assert values.seed == 3 and values.optimizer.learning_rate == 1e-3 and values.name == "other"
@@ -76,7 +76,7 @@ def test_overrides_of_every_kind(launch, recipe):
   assert values.taskset.generate_args.to_dict() == {"split": "rl", "n": 4}
   assert values.taskset.reward_args.weights.to_dict() == {"format": 0.5}
   assert values.trainer.total_steps == 5  # the last one wins
-  assert values.stages == ({"name": "a", "trainer.total_steps": 5},)
+  assert values.stages == ({"name": "a", "trainer.save_interval": 5},)
 
 
 def test_arguments_of_a_config_that_was_unlocked_and_locked_again(launch):

@@ -187,7 +187,7 @@ class Sandbox:
     return self._outcome(line)
 
   def _request(
-    self, code: str, stdin: str, files: Mapping[str, str] | None, output_kb: int
+    self, code: str, stdin: str, files: Mapping[str, str] | None, output_kb: int = 0
   ) -> bytes:
     files = dict(files or {})
     output_kb = max(output_kb, self.limits.output_kb)
