@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 
 from trinity_jax import config_keys, config_schema
 from trinity_jax.config import Config, resolve
-from trinity_jax.config_overrides import override
+from trinity_jax.config_overrides import keys_of, override
 from trinity_jax.errors import RunFailed, UserError, root_cause, suggestion
 from trinity_jax.kernels.errors import CannotRun  # pyright: ignore[reportMissingImports]
 from trinity_jax.preemption import EXIT_CODE, Preempted
@@ -132,15 +132,13 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     rest = own(argv, known_only=True)
   if own["help"].value:
     return own, None
-  names = [m[1] for a in rest[1:] if (m := re.match(r"--?(?:no)?config\.([^=\s]*)", a))]
+  names, rest = keys_of(rest[1:]), rest[1:]
   values = load_config(own["config"].value) if own["config"].value else None
   if names and values is None:
     raise UserError(f"--config.{names[0]} without --config: name the config file it overrides")
   if values is not None:
     with _flag_errors(list(own)):
-      values, rest = override(values, rest[1:])
-  else:
-    rest = rest[1:]
+      values, rest = override(values, rest)
   for arg in rest:
     if arg.startswith("-") and arg != "-":
       name = arg.lstrip("-").split("=")[0]

@@ -195,6 +195,7 @@ def make_sampling_meshes(config: Config, report: Callable[[str], None]) -> Meshe
   Raises:
     UserError: config.sampler.tensor does not divide the devices.
   """
+  _use_cpu_devices(config.mesh.cpu_devices)  # whose errors are no matter of the layout
   try:
     return make_meshes(config)
   except UserError as e:

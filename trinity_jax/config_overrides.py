@@ -24,7 +24,7 @@ def override(values: ConfigDict, args: Sequence[str]) -> tuple[ConfigDict, list[
     flags.Error: a value that cannot be read.
   """
   whole = [arg for arg in args if not _of_stage(arg)]
-  names = [m[2] for arg in whole if (m := _KEY.match(arg))]
+  names = keys_of(whole)
   for name in names:
     config_keys.check_key(name)
   values, rest = _read(values, whole)
@@ -35,8 +35,9 @@ def override(values: ConfigDict, args: Sequence[str]) -> tuple[ConfigDict, list[
   for arg in args:
     if _of_stage(arg):
       stage, key = _stage(stages, arg)
-      config_keys.check_key(_name(key))
-      stage |= {_name(key): _get(_read(_with(values, stage), [key])[0], _name(key))}
+      (name,) = keys_of([key])
+      config_keys.check_key(name)
+      stage[name] = _get(_read(_with(values, stage), [key])[0], name)
   for name in names:
     if setting := [stage.get("name") for stage in stages if _sets(stage, name)]:
       raise UserError(
@@ -45,6 +46,11 @@ def override(values: ConfigDict, args: Sequence[str]) -> tuple[ConfigDict, list[
       )
   values.stages = tuple(stages)
   return values, rest
+
+
+def keys_of(args: Sequence[str]) -> list[str]:
+  """The names of the keys that arguments set."""
+  return [m[2] for arg in args if (m := _KEY.match(arg))]
 
 
 def _read(values: ConfigDict, args: Sequence[str]) -> tuple[ConfigDict, list[str]]:
@@ -84,18 +90,11 @@ def _stage(stages: list[dict[str, Any]], arg: str) -> tuple[dict[str, Any], str]
   raise UserError(f"config.stages.{path}: no stage of that name; the config's stages: {names}")
 
 
-def _name(arg: str) -> str:
-  match = _KEY.match(arg)
-  assert match is not None
-  return match[2]
-
-
 def _with(values: ConfigDict, stage: Mapping[str, Any]) -> ConfigDict:
   """The config with what a stage sets, so that its arguments have their types."""
   out = copy.deepcopy(values)
   out.unlock()
-  for name, value in _leaves(stage):
-    out.update_from_flattened_dict({name: value})
+  out.update_from_flattened_dict(dict(_leaves(stage)))
   return out
 
 

@@ -187,13 +187,15 @@ def prepare_workdir(workdir: Path, config: Config) -> Path:
 
 def _begun(workdir: Path, before: dict[str, Any]) -> bool:
   """Whether a run of config `before` has left what another one would take for its own."""
+  from trinity_jax.buffer.record import FILE
+
   if any(True for name in ("stage.json", "checkpoints/[0-9]*") for _ in workdir.glob(f"**/{name}")):
     return True
   # A server's tables are not looked into: who has begun to log may have filled them.
   elsewhere = "://" in str(before.get("buffer"))
   if any(elsewhere or file.stat().st_size for file in workdir.glob("**/metrics.jsonl")):
     return True
-  return any(_holds_groups(file) for file in workdir.glob("**/buffer.sqlite"))
+  return any(_holds_groups(file) for file in workdir.glob(f"**/{FILE}"))
 
 
 def _holds_groups(file: Path) -> bool:

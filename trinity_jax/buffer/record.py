@@ -13,6 +13,7 @@ from trinity_jax.buffer.bell import ThreadBell
 from trinity_jax.buffer.staleness import SHORT, newest_version, policy_version
 from trinity_jax.experience import Experience, ExperienceId
 
+FILE = "buffer.sqlite"  # of a stage, in its folder
 Key = tuple[int, int]  # (explorer step, task)
 Outcome = Literal["stored", "same", "different"]
 

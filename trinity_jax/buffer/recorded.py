@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trinity_jax.buffer.record import FILE
 from trinity_jax.errors import UserError
 from trinity_jax.experience import Experience
 
@@ -17,7 +18,7 @@ def find(path: str | Path) -> Path:
   Raises:
     UserError: there is none.
   """
-  file = Path(path) / "buffer.sqlite" if Path(path).is_dir() else Path(path)
+  file = Path(path) / FILE if Path(path).is_dir() else Path(path)
   if not file.is_file():
     raise UserError(
       f"config.buffer.replay = {str(path)!r}: there is no {file.name}; name the folder of a "

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from trinity_jax.buffer.bell import FileBell, ThreadBell
-from trinity_jax.buffer.record import Store
+from trinity_jax.buffer.record import FILE, Store
 from trinity_jax.buffer.storage_memory import MemoryStore
 from trinity_jax.errors import UserError
 
@@ -91,7 +91,7 @@ def open_store(
     return open_postgres(
       url, patience=patience, namespace=namespace or own_namespace(Path(directory))
     )
-  path = Path(rest.removeprefix("/")) if rest else Path(directory) / "buffer.sqlite"
+  path = Path(rest.removeprefix("/")) if rest else Path(directory) / FILE
   path.parent.mkdir(parents=True, exist_ok=True)
   return SqlStore(
     database.Database(

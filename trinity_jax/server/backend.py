@@ -78,13 +78,14 @@ class Plain:
       prompts = [self._tokenizer.encode(text)]
     # One number a prompt: its choices go to one sampler of a pool, the next prompt's to another.
     numbers = [next(self._count) for _ in prompts]
+    keys = [request_key(base, i) for i in range(len(prompts) * ask.n)]
     return [
-      self._one(ask, i, (0, numbers[i // ask.n], 0, i), prompts[i // ask.n], base, on_text)
-      for i in range(len(prompts) * ask.n)
+      self._one(ask, i, (0, numbers[i // ask.n], 0, i), prompts[i // ask.n], key, on_text)
+      for i, key in enumerate(keys)
     ]
 
   async def _one(
-    self, ask: Ask, index: int, order: tuple[int, ...], prompt: list[int], base: int,
+    self, ask: Ask, index: int, order: tuple[int, ...], prompt: list[int], key: np.ndarray,
     on_text: OnText | None,
   ) -> Answer:  # fmt: skip
     most = self._limits
@@ -99,7 +100,7 @@ class Plain:
     p = most.params
     request = Request(
       tokens=np.array(prompt, np.int32),
-      key=request_key(base, index),
+      key=key,
       order=order,
       limit=limit,
       stop_ids=self._tokenizer.stop_ids,
@@ -161,8 +162,7 @@ class Recorded:
     # Nobody else counts a run in that a header began.
     model.sampler.enter()
     try:
-      with self._session.in_use():
-        return await self._session.call(turn)
+      return await self._session.call(turn)
     finally:
       model.sampler.leave()
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trinity_jax.buffer.record import FILE as BUFFER
 from trinity_jax.config import resolve, stage_configs
 from trinity_jax.errors import RunFailed, UserError
 from trinity_jax.monitor.writers import FILE as METRICS
 from trinity_jax.monitor.writers import read_stage
 from trinity_jax.server.viewer.index import EMPTY, Index
-from trinity_jax.server.viewer.stores import FILE as BUFFER
 from trinity_jax.server.viewer.stores import SqliteStore, Store
 
 NAMESPACE = "buffer.namespace"  # of a stage whose buffer is in PostgreSQL

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from trinity_jax.errors import RunFailed, UserError
 
-FILE = "buffer.sqlite"
 LONGEST_HEADER = 64 << 20  # bytes; safetensors' own limit is 100 MB
 _BUSY = 10.0  # seconds to wait for a writer
 
